@@ -1,0 +1,218 @@
+"""Rules between fields. A rule yields a Fault for each way in which a valid-typed config is wrong.
+
+A rule names in `Fault.fields` every field that it reads: where one of them is faulty by itself,
+the rule was run on a stand-in for its value and its verdict is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from uoe_parallel.config.deepspeed import passthrough_faults
+from uoe_parallel.config.faults import Fault, show
+from uoe_parallel.config.schema import RoutingConfig, RunConfig
+
+Rule = Callable[[RunConfig], Iterable[Fault]]
+
+_KV_FIELDS = ("model.num_kv_heads", "model.num_heads")
+
+
+def _divides(
+    field: str, value: int, divisor_field: str, divisor: int, *others: str
+) -> Iterator[Fault]:
+    """`divisor` has to divide `value`; `others` are further fields that either came from."""
+    if value % divisor == 0:
+        return
+    yield Fault(
+        (field, divisor_field, *others),
+        value,
+        f"is not a multiple of {divisor_field} = {divisor}",
+        f"use {_multiples(value, divisor)}, or {divisor_field} = {_divisor(value, divisor)}",
+    )
+
+
+def _multiples(value: int, step: int) -> str:
+    """The multiples of `step` next to `value`, in words."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
+def _divisor(value: int, near: int) -> int:
+    """The divisor of `value` that is nearest to `near`, the smaller of two."""
+    near = min(value, near)
+    return next(
+        divisor
+        for distance in range(near)
+        for divisor in (near - distance, near + distance)
+        if value % divisor == 0
+    )
+
+
+def _routed(routing: RoutingConfig) -> bool:
+    return routing.routed_layers not in ("none", [])
+
+
+def _kv_fields(config: RunConfig) -> tuple[str, str]:
+    """The fields that give the number of key/value heads, the one that decides first."""
+    explicit, implied = _KV_FIELDS
+    return (implied, explicit) if config.model.num_kv_heads is None else (explicit, implied)
+
+
+def heads_split_hidden(config: RunConfig) -> Iterator[Fault]:
+    """Heads have one whole, even width: rotary positions turn pairs of elements."""
+    model = config.model
+    fields = ("model.hidden_size", "model.num_heads")
+    pairs = 2 * model.num_heads
+    if model.hidden_size % model.num_heads:
+        problem = f"is not a multiple of model.num_heads = {model.num_heads}"
+    elif model.hidden_size % pairs:
+        width = model.hidden_size // model.num_heads
+        problem = f"makes heads {width} wide, and rotary positions need an even width"
+    else:
+        return
+    mend = f"use {_multiples(model.hidden_size, pairs)}, a multiple of 2 x model.num_heads"
+    yield Fault(fields, model.hidden_size, problem, mend)
+
+
+def kv_heads_split_heads(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    if model.num_heads % model.kv_heads:
+        problem = f"does not divide model.num_heads = {model.num_heads}"
+        mend = f"use {_divisor(model.num_heads, model.kv_heads)}"
+        yield Fault(_KV_FIELDS, model.kv_heads, problem, mend)
+
+
+def experts_split_ffn(config: RunConfig) -> Iterator[Fault]:
+    experts = config.feed_forward.num_experts
+    size = config.model.ffn_size
+    yield from _divides("model.ffn_size", size, "feed_forward.num_experts", experts)
+
+
+def feed_forward_top_k(config: RunConfig) -> Iterator[Fault]:
+    experts = config.feed_forward.num_experts
+    yield from _top_k("feed_forward", config.feed_forward, experts, "feed_forward.num_experts")
+
+
+def attention_top_k(config: RunConfig) -> Iterator[Fault]:
+    """The experts of attention are its key/value heads."""
+    yield from _top_k("attention", config.attention, config.model.kv_heads, *_kv_fields(config))
+
+
+def _top_k(name: str, routing: RoutingConfig, experts: int, *fields: str) -> Iterator[Fault]:
+    if _routed(routing) and routing.top_k > experts:
+        problem = f"is more than the number of experts, {fields[0]} = {experts}"
+        used = (f"{name}.top_k", f"{name}.routed_layers", *fields)
+        yield Fault(used, routing.top_k, problem, f"use at most {experts}")
+
+
+def ranks_split_experts(config: RunConfig) -> Iterator[Fault]:
+    experts = config.feed_forward.num_experts
+    tensor = config.parallel.tensor
+    yield from _divides("feed_forward.num_experts", experts, "parallel.tensor", tensor)
+
+
+def ranks_split_kv_heads(config: RunConfig) -> Iterator[Fault]:
+    field, other = _kv_fields(config)
+    tensor = config.parallel.tensor
+    yield from _divides(field, config.model.kv_heads, "parallel.tensor", tensor, other)
+
+
+def ranks_split_vocabulary(config: RunConfig) -> Iterator[Fault]:
+    multiple = config.model.vocab_multiple
+    tensor = config.parallel.tensor
+    yield from _divides("model.vocab_multiple", multiple, "parallel.tensor", tensor)
+
+
+def ranks_split_sequence(config: RunConfig) -> Iterator[Fault]:
+    if config.parallel.sequence_parallel:
+        yield from _divides(
+            "model.sequence_length",
+            config.model.sequence_length,
+            "parallel.tensor",
+            config.parallel.tensor,
+            "parallel.sequence_parallel",
+        )
+
+
+def feed_forward_layers(config: RunConfig) -> Iterator[Fault]:
+    yield from _routed_layers("feed_forward.routed_layers", config.feed_forward, config)
+
+
+def attention_layers(config: RunConfig) -> Iterator[Fault]:
+    yield from _routed_layers("attention.routed_layers", config.attention, config)
+
+
+def _routed_layers(field: str, routing: RoutingConfig, config: RunConfig) -> Iterator[Fault]:
+    layers = routing.routed_layers
+    if isinstance(layers, str):
+        return
+    count = config.model.num_layers
+    good = sorted({layer for layer in layers if layer < count})
+    mend = f"use {show(good)}" if good else 'name layers, or use "all" or "none"'
+    if beyond := sorted({layer for layer in layers if layer >= count}):
+        problem = f"names {show(beyond)}, and layers are counted from 0 to {count - 1}"
+        yield Fault((field, "model.num_layers"), layers, problem, mend)
+    elif len(good) < len(layers):
+        yield Fault((field,), layers, "names a layer twice", mend)
+
+
+def micro_batches_fill_batch(config: RunConfig) -> Iterator[Fault]:
+    yield from _divides(
+        "training.global_batch_size",
+        config.training.global_batch_size,
+        "training.micro_batch_size",
+        config.training.micro_batch_size,
+    )
+
+
+def learning_rate_falls(config: RunConfig) -> Iterator[Fault]:
+    low, peak = config.training.min_learning_rate, config.training.learning_rate
+    if low > peak:
+        fields = ("training.min_learning_rate", "training.learning_rate")
+        problem = f"is above training.learning_rate = {peak:g}"
+        yield Fault(fields, low, problem, f"use at most {peak:g}, such as {peak / 10:g}")
+
+
+def warmup_ends(config: RunConfig) -> Iterator[Fault]:
+    warmup, steps = config.training.warmup_steps, config.training.steps
+    if warmup > steps:
+        fields = ("training.warmup_steps", "training.steps")
+        problem = f"is more than training.steps = {steps}"
+        yield Fault(fields, warmup, problem, f"use at most {steps}")
+
+
+def betas_in_range(config: RunConfig) -> Iterator[Fault]:
+    betas = config.training.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        problem = "holds a number outside [0, 1)"
+        yield Fault(("training.betas",), betas, problem, "use numbers such as [0.9, 0.95]")
+
+
+def validation_has_data(config: RunConfig) -> Iterator[Fault]:
+    every = config.training.validate_every
+    if every and config.data.validation is None:
+        fields = ("training.validate_every", "data.validation")
+        problem = "asks for validation passes, and data.validation is not given"
+        yield Fault(fields, every, problem, "give data.validation, or use 0")
+
+
+RULES: tuple[Rule, ...] = (
+    heads_split_hidden,
+    kv_heads_split_heads,
+    experts_split_ffn,
+    feed_forward_top_k,
+    attention_top_k,
+    ranks_split_experts,
+    ranks_split_kv_heads,
+    ranks_split_vocabulary,
+    ranks_split_sequence,
+    feed_forward_layers,
+    attention_layers,
+    micro_batches_fill_batch,
+    learning_rate_falls,
+    warmup_ends,
+    betas_in_range,
+    validation_has_data,
+    passthrough_faults,
+)
+"""Every rule that needs nothing but the config."""

@@ -1,0 +1,157 @@
+"""What a run is: every field of the YAML, its type, its default and its range.
+
+Sizes are counts of elements, times are in steps, rates are per optimizer step. Rules between
+fields live in `checks.py`; sizes and ranks of the parallel layout in `uoe_parallel.parallel`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not coerced between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RoutingConfig(Section):
+    """How one kind of block (feed-forward or attention) routes tokens to its experts."""
+
+    routed_layers: RoutedLayers = "all"
+    """Layers (counted from 0) whose block is routed; the others compute the dense block."""
+    top_k: PositiveInt = 2
+    """Experts that each token visits."""
+    selection: Literal["top_k"] = "top_k"
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    balance_loss: NonNegativeFloat = 0.01
+    """Weight of the auxiliary load-balance loss (per sequence), summed over routed layers."""
+    z_loss: NonNegativeFloat = 0.001
+    """Weight of the router z-loss (mean squared log-sum-exp of the scores), summed likewise."""
+
+    def routes(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) is routed."""
+        if isinstance(self.routed_layers, str):
+            return self.routed_layers == "all"
+        return layer in self.routed_layers
+
+
+class FeedForwardConfig(RoutingConfig):
+    """The feed-forward block: `num_experts` equal slices of one dense block."""
+
+    num_experts: PositiveInt = 8
+
+
+class AttentionConfig(RoutingConfig):
+    """The attention block: its experts are the key/value heads with their query heads."""
+
+    routed_layers: RoutedLayers = "none"
+
+
+class ModelConfig(Section):
+    """The dense transformer that is cut into experts."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_size: PositiveInt
+    """Width of the whole feed-forward block; every expert has ffn_size / num_experts of it."""
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); null means num_heads."""
+    sequence_length: PositiveInt
+    activation: Literal["gelu", "swiglu"] = "swiglu"
+    bias: bool = False
+    """Biases in the linear layers of both blocks."""
+    tie_embeddings: bool = True
+    vocab_multiple: PositiveInt = 8
+    """The vocabulary is padded to a multiple of this, which the tensor size must divide."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_base: float = Field(default=10000.0, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+    router_init_std: float = Field(default=0.02, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+class ParallelConfig(Section):
+    """How ranks share the model. Data-parallel size is world size / tensor."""
+
+    tensor: PositiveInt = 1
+    sequence_parallel: bool = True
+    """Shard tokens over the tensor group between blocks (all-to-all dispatch); without it
+    tokens are replicated there and sums are all-reduced. No effect with tensor = 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+
+class DataConfig(Section):
+    """Where tokens come from: prefixes of megatron .bin/.idx files."""
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    tokenizer: Literal["bytes"] = "bytes"
+
+
+class TrainingConfig(Section):
+    """Optimization. Batch sizes count sequences."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    precision: Precision = "fp32"
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: NonNegativeFloat = 0.0
+    router_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the routers; null means learning_rate."""
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    validate_every: NonNegativeInt = 0
+    """Steps between validation passes; 0 validates only at the end."""
+    validation_sequences: PositiveInt = 64
+    """Sequences of a validation or test pass, spread evenly over the split."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints are written to <run_dir>/checkpoints."""
+
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+    resume: bool = True
+    """Continue from the newest whole checkpoint of the run folder, if there is one."""
+
+
+class LoggingConfig(Section):
+    """Metrics go to <run_dir>/metrics.jsonl, TensorBoard's events to <run_dir>/tensorboard."""
+
+    every: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run_dir: str
+    seed: NonNegativeInt = 1234
+    model: ModelConfig
+    feed_forward: FeedForwardConfig = FeedForwardConfig()
+    attention: AttentionConfig = AttentionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
