@@ -1,0 +1,87 @@
+"""Every collective of this project's own layers, differentiable ones first.
+
+Each is one call on an explicit group; the differentiable ones are megatron-core's mappings.
+Dimension 0 is the sequence (or row) dimension throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`x` unchanged; its gradient is summed over `group`.
+
+    For what every rank holds whole while each uses it for another share of the work:
+    activations that meet a shard of the experts, or a parameter (norm, router, output bias)
+    that meets a shard of the tokens.
+    """
+    return mappings.copy_to_tensor_model_parallel_region(x, group=group)
+
+
+def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of `x` over `group`; its gradient passes unchanged."""
+    return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[S/P, ...] shards to [S, ...] on every rank, which all go on to compute the same: the
+    gradient of the own shard is kept, not summed."""
+    return mappings.gather_from_sequence_parallel_region(
+        x, tensor_parallel_output_grad=False, group=group
+    )
+
+
+def gather_last_dim(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[..., V/P] shards to [..., V] on every rank; for decoding, not differentiated through."""
+    return mappings.gather_from_tensor_model_parallel_region(x, group=group)
+
+
+def all_to_all(
+    rows: Tensor, receive_counts: list[int], send_counts: list[int], group: ProcessGroup
+) -> Tensor:
+    """Send `send_counts[p]` rows to each rank p; returns the received rows in rank order.
+
+    rows: [sum(send_counts), ...], sorted by destination. Differentiable: gradients travel the
+    way back. Every rank must call it, also with no rows.
+    """
+    return mappings.all_to_all(group, rows, receive_counts, send_counts)
+
+
+def exchange_counts(counts_P: Tensor, group: ProcessGroup) -> Tensor:
+    """Tell each rank p the row `counts_P[p]`; returns the rows that the others sent here.
+
+    counts_P: [P, ...] int64, not differentiable.
+    """
+    received = torch.empty_like(counts_P)
+    dist.all_to_all_single(received, counts_P.contiguous(), group=group)
+    return received
+
+
+def sum_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
+    """A new tensor: `x` summed over each group in turn. Not differentiable."""
+    total = x.detach().clone()
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(total, op=ReduceOp.SUM, group=group)
+    return total
+
+
+def max_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
+    """A new tensor: the elementwise largest `x` of each group in turn. Not differentiable."""
+    largest = x.detach().clone()
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(largest, op=ReduceOp.MAX, group=group)
+    return largest
+
+
+def gather_shards(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The full tensor whose equal shards along `dim` lie over `group`. Not differentiable."""
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.detach().contiguous(), group=group)
+    return torch.cat(shards, dim)

@@ -1,0 +1,103 @@
+"""Process groups: started by megatron-core, handed on as one explicit bundle."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.parallel.device import Device, use_device
+from uoe_parallel.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's process groups and its place in each."""
+
+    layout: ParallelLayout
+    rank: int
+    world: ProcessGroup
+    tensor: ProcessGroup
+    data: ProcessGroup
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Ranks of this launch, as torchrun, the deepspeed launcher or mpirun states them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any process group exists."""
+    return int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+
+
+@contextmanager
+def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Device]:
+    """torch.distributed and deepspeed.comm for the life of the block.
+
+    The ranks come from torchrun's variables, or through mpi4py under mpirun; a process that no
+    launcher started becomes the only rank.
+    """
+    launched_by_mpi = "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" in os.environ
+    if "RANK" not in os.environ and not launched_by_mpi:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+    device = use_device(int(local_rank or 0))
+
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend=device.backend,
+        auto_mpi_discovery=launched_by_mpi,
+        verbose=False,
+        timeout=timeout,
+        dist_init_required=None,
+    )
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_groups(layout: ParallelLayout) -> ParallelGroups:
+    """Create megatron-core's groups for `layout`. Collective over all ranks."""
+    assert dist.get_world_size() == layout.world_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
+    )
+    world = dist.group.WORLD
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    data = parallel_state.get_data_parallel_group()
+    assert isinstance(world, ProcessGroup)
+    assert isinstance(tensor, ProcessGroup) and isinstance(data, ProcessGroup)
+    return ParallelGroups(layout, dist.get_rank(), world, tensor, data)
