@@ -1,0 +1,141 @@
+"""Arithmetic over sorted rows: products by slice and attention by run, behind one interface.
+
+Every backend computes the same numbers up to rounding; a test holds them against each other.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """What experts need from a device."""
+
+    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
+        """Each block of rows times its expert's slice: [N, M].
+
+        counts_E: int64, rows of each expert in the order of `x_NK`, with sum N.
+        """
+        ...
+
+    def causal_attention(
+        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+    ) -> Tensor:
+        """Attention within each run of rows, each row seeing itself and those before: [N, H, d].
+
+        The H query heads of a row share its key and value. run_lengths_G: int64 with sum N.
+        """
+        ...
+
+
+class PaddedAttention:
+    """Attention by one call of torch's fused kernel over runs padded at their ends.
+
+    A causal mask already hides a run's padding from its rows, so no mask is materialised and the
+    padding's own results are dropped.
+    """
+
+    def causal_attention(
+        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+    ) -> Tensor:
+        num_runs, (_, num_heads, width) = run_lengths_G.shape[0], q_NHd.shape
+        # At least one (padding) position, so that ranks without a row take the same path.
+        longest = max(1, int(run_lengths_G.max()))
+        run_N = torch.repeat_interleave(run_lengths_G)
+        start_G = run_lengths_G.cumsum(0) - run_lengths_G
+        within_N = torch.arange(run_N.shape[0], device=run_N.device) - start_G[run_N]
+        place_N = run_N * longest + within_N
+
+        def pad(x: Tensor) -> Tensor:  # [N, h, d] -> [G, h, longest, d]
+            padded = x.new_zeros(num_runs * longest, *x.shape[1:]).index_copy(0, place_N, x)
+            return padded.view(num_runs, longest, *x.shape[1:]).transpose(1, 2)
+
+        # Keys and values are expanded, not copied, to the query heads that share them.
+        shape = (num_runs, num_heads, longest, width)
+        k_GHSd = pad(k_Nd.unsqueeze(1)).expand(shape)
+        v_GHSd = pad(v_Nd.unsqueeze(1)).expand(shape)
+        out_GHSd = F.scaled_dot_product_attention(pad(q_NHd), k_GHSd, v_GHSd, is_causal=True)
+        out = out_GHSd.transpose(1, 2).reshape(num_runs * longest, num_heads, width)
+        return out.index_select(0, place_N)
+
+
+class GroupedBackend(PaddedAttention):
+    """torch's grouped product: one call for all slices (fp32, bf16)."""
+
+    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
+        return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
+
+
+class LoopBackend(PaddedAttention):
+    """One product per slice: any dtype, fp64 included."""
+
+    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
+        blocks = x_NK.split(counts_E.tolist())
+        return torch.cat([x @ w for x, w in zip(blocks, w_EKM, strict=True)])
+
+
+class FlashBackend(GroupedBackend):
+    """Grouped products and variable-length flash attention: half precision on CUDA."""
+
+    def causal_attention(
+        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+    ) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts = F.pad(run_lengths_G.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(run_lengths_G.max())
+        out = varlen_attn(
+            q_NHd,
+            k_Nd.unsqueeze(1),
+            v_Nd.unsqueeze(1),
+            starts,
+            starts,
+            longest,
+            longest,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+
+class ReferenceBackend:
+    """Every row on its own, in products whose shapes depend on nothing but the rows before it.
+
+    A matrix product's rounding depends on its number of rows; here no bit of a row's result can
+    depend on a later row or on another sequence. For tests: slow, plain, exact.
+    """
+
+    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
+        expert_N = torch.repeat_interleave(counts_E).tolist()
+        rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
+        return torch.cat(rows) if rows else x_NK.new_zeros(0, w_EKM.shape[2])
+
+    def causal_attention(
+        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+    ) -> Tensor:
+        out = []
+        start = 0
+        for length in run_lengths_G.tolist():
+            for i in range(start, start + length):
+                scores = (
+                    torch.stack([(k_Nd[start : i + 1] * q).sum(-1) for q in q_NHd[i]])
+                    * q_NHd.shape[-1] ** -0.5
+                )
+                weights_HK = scores.softmax(-1)
+                out.append((weights_HK.unsqueeze(-1) * v_Nd[start : i + 1]).sum(1))
+            start += length
+        return torch.stack(out) if out else torch.zeros_like(q_NHd)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The best backend for what the model computes in."""
+    if dtype is torch.float64:
+        return LoopBackend()
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return FlashBackend()
+    return GroupedBackend()

@@ -1,0 +1,108 @@
+"""Megatron's column- and row-parallel linears, cut further into equal slices, one per expert.
+
+A tensor rank's shard of the weight holds the slices of its experts, one after the other, so the
+union of all experts is the dense linear with the very same parameter. Called with row counts
+they multiply each expert's rows by its slice; called without, they are Megatron's dense linears
+with Megatron's communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.experts.backends import Backend
+
+InitMethod = Callable[[Tensor], object]
+
+
+class SlicedColumnParallelLinear(ColumnParallelLinear):
+    """y = x A + b with A = [A_1 | ... | A_n] cut by columns, A_i of width output_size / n."""
+
+    weight: nn.Parameter  # Megatron allows None, for tied weights
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        num_slices: int,
+        *,
+        bias: bool,
+        config: ModelParallelConfig,
+        init_method: InitMethod,
+        group: ProcessGroup,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            gather_output=False,
+            tp_group=group,
+        )
+        self.num_local_slices = num_slices // group.size()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, counts_E: Tensor | None = None, backend: Backend | None = None
+    ) -> Tensor:
+        """Dense: x [S or S/P, B, D] to [S, B, width of this rank].
+
+        Sliced: x [N, D], rows sorted by expert with `counts_E` of each, to [N, slice width].
+        """
+        if counts_E is None or backend is None:
+            return super().forward(x)[0]
+        w_EDM = self.weight.view(self.num_local_slices, -1, x.shape[1]).transpose(1, 2)
+        y_NM = backend.products(x, w_EDM, counts_E)
+        if self.bias is None:
+            return y_NM
+        b_EM = self.bias.view(self.num_local_slices, -1)
+        return y_NM + torch.repeat_interleave(b_EM, counts_E, dim=0, output_size=x.shape[0])
+
+
+class SlicedRowParallelLinear(RowParallelLinear):
+    """y = x A + b with A = [A_1; ...; A_n] cut by rows.
+
+    b belongs to the union, not to an expert: it is `self.bias`, left for the caller to add once.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        num_slices: int,
+        *,
+        bias: bool,
+        config: ModelParallelConfig,
+        init_method: InitMethod,
+        group: ProcessGroup,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=group,
+        )
+        self.num_local_slices = num_slices // group.size()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, counts_E: Tensor | None = None, backend: Backend | None = None
+    ) -> Tensor:
+        """Dense: x [S, B, width of this rank] to [S or S/P, B, D], summed over the group.
+
+        Sliced: x [N, slice width], rows sorted by expert, to [N, D], not summed.
+        """
+        if counts_E is None or backend is None:
+            return super().forward(x)[0]
+        w_EMD = self.weight.view(self.output_size, self.num_local_slices, -1).permute(1, 2, 0)
+        return backend.products(x, w_EMD, counts_E)
