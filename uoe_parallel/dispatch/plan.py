@@ -1,0 +1,108 @@
+"""The plan of one exchange: who sends which rows where, and what each rank's experts take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.experts.assignment import Assignment, sort_pairs
+from uoe_parallel.parallel import comm
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """Built once per forward pass of a block; serves dispatch, combine and their backwards."""
+
+    assignment: Assignment
+    sent_token: Tensor
+    """Local token of each row this rank sends, by destination, then token: int64."""
+    send_rows: list[int]
+    receive_rows: list[int]
+    pair_token: Tensor
+    """Local token of each pair this rank sends, by destination, token, expert: int64."""
+    pair_expert: Tensor
+    """Expert (numbered over the block) of each pair this rank sends: int64."""
+    send_pairs: list[int]
+    receive_pairs: list[int]
+    order: Tensor
+    """Received pair of each pair of the assignment: int64."""
+    num_tokens: int
+
+
+@torch.no_grad()
+def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
+    """Plan an all-to-all over `group` for tokens sharded over the sequence.
+
+    mask_SBE: bool; rank p of the group holds positions [p S, (p + 1) S) and experts
+    [p E/P, (p + 1) E/P). A token's row goes once to every rank that holds one of its experts.
+    Collective over the group: one exchange of counts, one of expert ids.
+    """
+    length, batch, num_experts = mask_SBE.shape
+    num_ranks, num_local = group.size(), num_experts // group.size()
+    num_tokens = length * batch
+    mask_PTE = mask_SBE.view(num_tokens, num_ranks, num_local).transpose(0, 1)
+    visits_PT = mask_PTE.any(-1)
+    _, sent_token = visits_PT.nonzero(as_tuple=True)
+    destination, pair_token, local_expert = mask_PTE.nonzero(as_tuple=True)
+
+    counts_P2 = torch.stack((visits_PT.sum(1), mask_PTE.sum((1, 2))), dim=1)
+    received_P2 = comm.exchange_counts(counts_P2, group)
+    # The one copy to the host: the sizes of every later exchange.
+    (send_rows, send_pairs), (receive_rows, receive_pairs) = (
+        torch.stack((counts_P2, received_P2)).transpose(1, 2).tolist()
+    )
+
+    ids = comm.all_to_all(pair_token * num_local + local_expert, receive_pairs, send_pairs, group)
+    source = torch.repeat_interleave(received_P2[:, 1], output_size=ids.shape[0])
+    # Numbered over the group, tokens stay ordered by position: shards follow each other.
+    token_N = source * num_tokens + ids // num_local
+    is_new_row = torch.ones_like(token_N, dtype=torch.bool)
+    is_new_row[1:] = token_N[1:] != token_N[:-1]
+    assignment, order = sort_pairs(
+        row_N=is_new_row.cumsum(0) - 1,
+        expert_N=ids % num_local,
+        sequence_N=token_N % batch,
+        position_N=token_N // batch,
+        num_rows=sum(receive_rows),
+        num_experts=num_local,
+        num_sequences=batch,
+    )
+    return RoutePlan(
+        assignment=assignment,
+        sent_token=sent_token,
+        send_rows=send_rows,
+        receive_rows=receive_rows,
+        pair_token=pair_token,
+        pair_expert=destination * num_local + local_expert,
+        send_pairs=send_pairs,
+        receive_pairs=receive_pairs,
+        order=order,
+        num_tokens=num_tokens,
+    )
+
+
+@torch.no_grad()
+def plan_local(mask_SBE: Tensor, rank: int, num_ranks: int) -> tuple[Assignment, Tensor, Tensor]:
+    """The pairs of this rank's experts when every rank holds every token.
+
+    mask_SBE: bool, the same on every rank. Rows are the tokens themselves, so nothing moves.
+    Returns the assignment and, in its order, each pair's token and expert (int64).
+    """
+    length, batch, num_experts = mask_SBE.shape
+    num_local = num_experts // num_ranks
+    first = rank * num_local
+    mask_TE = mask_SBE.view(length * batch, num_experts)[:, first : first + num_local]
+    token_N, expert_N = mask_TE.nonzero(as_tuple=True)
+    assignment, order = sort_pairs(
+        row_N=token_N,
+        expert_N=expert_N,
+        sequence_N=token_N % batch,
+        position_N=token_N // batch,
+        num_rows=length * batch,
+        num_experts=num_local,
+        num_sequences=batch,
+    )
+    return assignment, token_N[order], expert_N[order] + first
