@@ -1,0 +1,133 @@
+"""One half of a transformer block: attention or feed-forward, dense or routed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.config.schema import RoutingConfig
+from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.parallel import comm
+from uoe_parallel.routing.balance import load_balance_loss, z_loss
+from uoe_parallel.routing.router import Router
+from uoe_parallel.routing.statistics import RoutingStatistics
+
+
+class Union(Protocol):
+    """Experts whose union is one dense block, such as `UnionOfMLPExperts`."""
+
+    num_experts: int
+
+    @property
+    def output_bias(self) -> Tensor | None: ...
+
+    def __call__(
+        self, x: Tensor, gates_N: Tensor | None = None, assignment: Assignment | None = None
+    ) -> Tensor: ...
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Passes `y` on and, in backward, hands `loss` a gradient of one.
+
+    A balance loss rides on the hidden states instead of being returned through every layer, so
+    that layers keep one tensor in and one tensor out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = (loss.shape, loss.dtype, loss.device)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss_like
+        return grad_outputs[0], torch.ones(shape, dtype=dtype, device=device)
+
+
+class DenseBlock(nn.Module):
+    """The dense block: all experts of a union on, no router."""
+
+    def __init__(self, experts: nn.Module, *, group: ProcessGroup, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.experts = experts
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        """[S or S/P, B, D] to the same shape."""
+        return self.add_bias(self.experts(x_SBD))
+
+    def add_bias(self, y_SBD: Tensor) -> Tensor:
+        """Add the union's one output bias: once, whatever the routing."""
+        experts: Union = self.experts  # pyright: ignore[reportAssignmentType]
+        bias = experts.output_bias
+        if bias is None:
+            return y_SBD
+        return y_SBD + (comm.sum_gradient(bias, self.group) if self.sequence_parallel else bias)
+
+
+class RoutedBlock(DenseBlock):
+    """A union of experts behind a router: scores, routing, dispatch, experts, combine.
+
+    `loss_weight_per_sequence` turns sums of a sequence's balance losses into the share of the
+    step's loss that this rank's backward pass must carry: data-parallel size / global batch size
+    under gradient averaging.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        routing: RoutingConfig,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        dtype: torch.dtype,
+        router_init: Callable[[Tensor], Tensor],
+        loss_weight_per_sequence: float,
+        group: ProcessGroup,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__(experts, group=group, sequence_parallel=sequence_parallel)
+        self.routing = routing
+        self.router = Router(routing)
+        weight = router_init(torch.empty(num_experts, hidden_size))
+        self.router_weight = nn.Parameter(weight.to(dtype))
+        self.loss_weight = loss_weight_per_sequence
+        self.statistics = RoutingStatistics.zeros(num_experts)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        """[S or S/P, B, D] to the same shape. Collective over the tensor group."""
+        scores_SBE = self._scores(x_SBD)
+        routing = self.router(scores_SBE)
+        run = run_sharded if self.sequence_parallel else run_replicated
+        y_SBD = self.add_bias(run(x_SBD, routing, self.experts, self.group))
+        if not torch.is_grad_enabled():
+            return y_SBD
+        return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))
+
+    def _scores(self, x_SBD: Tensor) -> Tensor:
+        precise = torch.promote_types(x_SBD.dtype, torch.float32)
+        weight = self.router_weight
+        if self.sequence_parallel:
+            weight = comm.sum_gradient(weight, self.group)
+        return F.linear(x_SBD.to(precise), weight.to(precise))
+
+    def _losses(self, scores_SBE: Tensor, mask_SBE: Tensor) -> Tensor:
+        """This rank's share of the weighted balance losses of the step; counts statistics."""
+        local_length, batch, _ = mask_SBE.shape
+        shards = self.group.size() if self.sequence_parallel else 1
+        length = local_length * shards
+        counts_BE = mask_SBE.sum(0)
+        if self.sequence_parallel:
+            counts_BE = comm.sum_over(counts_BE, self.group)
+        balance = load_balance_loss(scores_SBE, counts_BE, length)
+        z = z_loss(scores_SBE, length)
+        self.statistics.add(mask_SBE, balance, z, sequences=batch / shards, dropped=0)
+        weighted = self.routing.balance_loss * balance + self.routing.z_loss * z
+        return self.loss_weight * weighted
