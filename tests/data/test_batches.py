@@ -1,0 +1,153 @@
+"""The order of samples: pure in (seed, step), the same under every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from uoe_parallel.data.batches import (
+    MicroBatch,
+    epoch_permutation,
+    evaluation_batches,
+    largest_token,
+    sample_numbers,
+    step_batches,
+)
+
+
+class Windows:
+    """Window i is i * 10, i * 10 + 1, ...: its first token names it."""
+
+    sequence_length = 4
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int, /) -> NDArray[np.int64]:
+        assert 0 <= number < self.count
+        return number * 10 + np.arange(self.sequence_length + 1)
+
+
+def drawn(batches: list[MicroBatch]) -> list[int]:
+    """Numbers of the windows in the rows that count."""
+    rows = [row for b in batches for row in b.tokens[b.loss_mask.all(dim=1)]]
+    return [int(row[0]) // 10 for row in rows]
+
+
+@given(st.integers(1, 200), st.integers(0, 2**40), st.integers(0, 50))
+def test_an_epoch_has_every_sample_once(count: int, seed: int, epoch: int) -> None:
+    order = epoch_permutation(count, seed, epoch)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    orders = [epoch_permutation(50, seed, epoch).tolist() for seed in (1, 2) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_order_is_the_recorded_one() -> None:
+    """A changed order would silently break the exact resume of runs made before the change."""
+    assert epoch_permutation(8, 1234, 0).tolist() == [0, 2, 7, 6, 1, 4, 3, 5]
+    assert sample_numbers(8, 3, seed=1234, global_batch_size=3).tolist() == [2, 3, 4]
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 10))
+def test_steps_walk_through_the_endless_sequence(count: int, size: int, seed: int) -> None:
+    steps = 4
+    walked = [
+        sample_numbers(count, step, seed=seed, global_batch_size=size) for step in range(steps)
+    ]
+    epochs = range(steps * size // count + 1)
+    endless = np.concatenate([epoch_permutation(count, seed, epoch) for epoch in epochs])
+    assert np.concatenate(walked).tolist() == endless[: steps * size].tolist()
+
+
+@pytest.mark.parametrize(("micro", "data_size"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (12, 1)])
+def test_global_batch_is_the_same_under_every_layout(micro: int, data_size: int) -> None:
+    dataset, size = Windows(17), 12
+    for step in (0, 1, 7):
+        ranks = [
+            step_batches(
+                dataset,
+                step,
+                seed=5,
+                global_batch_size=size,
+                micro_batch_size=micro,
+                data_rank=rank,
+                data_size=data_size,
+            )
+            for rank in range(data_size)
+        ]
+        assert {len(batches) for batches in ranks} == {size // (micro * data_size)}
+        in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
+        expected = sample_numbers(17, step, seed=5, global_batch_size=size)
+        assert drawn(in_order) == expected.tolist()
+
+
+def test_micro_batch_holds_inputs_and_the_tokens_that_follow() -> None:
+    (batch,) = step_batches(
+        Windows(9),
+        0,
+        seed=0,
+        global_batch_size=3,
+        micro_batch_size=3,
+        data_rank=0,
+        data_size=1,
+    )
+    for field in (batch.tokens, batch.labels):
+        assert field.shape == (3, 4)
+        assert field.dtype == torch.int64
+        assert field.is_contiguous()
+    assert torch.equal(batch.labels, batch.tokens + 1)
+    assert batch.loss_mask.dtype == torch.bool
+    assert batch.loss_mask.all()
+    moved = batch.to(torch.device("meta"))
+    assert {t.device.type for t in (moved.tokens, moved.labels, moved.loss_mask)} == {"meta"}
+
+
+@given(
+    count=st.integers(1, 20),
+    wanted=st.integers(1, 25),
+    micro=st.integers(1, 4),
+    data_size=st.integers(1, 4),
+)
+def test_evaluation_covers_the_first_windows_in_equal_shares(
+    count: int, wanted: int, micro: int, data_size: int
+) -> None:
+    ranks = [
+        list(
+            evaluation_batches(
+                Windows(count),
+                wanted,
+                micro_batch_size=micro,
+                data_rank=rank,
+                data_size=data_size,
+            )
+        )
+        for rank in range(data_size)
+    ]
+    total = min(wanted, count)
+    assert {len(batches) for batches in ranks} == {-(-total // (micro * data_size))}
+    in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
+    assert drawn(in_order) == list(range(total))
+    for batch in in_order:
+        assert batch.tokens.shape == (micro, 4)
+        padding = ~batch.loss_mask.any(dim=1)
+        assert torch.equal(batch.loss_mask.all(dim=1), ~padding)
+        assert not batch.tokens[padding].any()
+        assert not batch.labels[padding].any()
+
+
+def test_largest_token_sees_inputs_and_labels() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    low, high = torch.tensor([[1, 2]]), torch.tensor([[300, 3]])
+    assert largest_token([MicroBatch(low, low, mask), MicroBatch(low, high, mask)]) == 300
+    assert largest_token([MicroBatch(high, low, mask)]) == 300
