@@ -1,0 +1,101 @@
+"""Small messages between ranks, and errors that all ranks share.
+
+`group` is everywhere a process group that carries CPU tensors (gloo, or nccl paired with gloo):
+control messages need no GPU, and a rank that hashes terabytes must not trip nccl's watchdog.
+None means that this process works alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.errors import UserError
+
+
+def rank_in(group: ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
+
+
+def gather_json(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Every rank's `value` in rank order on rank 0; an empty list on the others. Collective.
+
+    JSON instead of torch's object collectives, which pickle.
+    """
+    if group is None:
+        return [value]
+    message = _encode(value)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(lengths, torch.tensor([message.numel()]), group=group)
+    padded = torch.zeros(int(torch.cat(lengths).max()), dtype=torch.uint8)
+    padded[: message.numel()] = message
+    if group.rank() != 0:
+        dist.gather(padded, group=group, group_dst=0)
+        return []
+    rows = [torch.empty_like(padded) for _ in lengths]
+    dist.gather(padded, rows, group=group, group_dst=0)
+    return [_decode(row[: int(length)]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def broadcast_json(value: Any, group: ProcessGroup | None) -> Any:
+    """Rank 0's `value` on every rank; what the others pass is ignored. Collective."""
+    if group is None:
+        return value
+    message = _encode(value if group.rank() == 0 else None)
+    length = torch.tensor([message.numel()])
+    dist.broadcast(length, group=group, group_src=0)
+    if group.rank() != 0:
+        message = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(message, group=group, group_src=0)
+    return _decode(message)
+
+
+@contextmanager
+def shared_fate(action: str, mend: str, group: ProcessGroup | None) -> Iterator[None]:
+    """Run the block on every rank; if it fails on one, all raise the same error. Collective.
+
+    The block itself must hold no collective. A failure of the file system becomes a UserError
+    "<action>: <what happened where>. <mend>"; anything else is a bug of ours, and becomes an
+    AssertionError.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # raised again below, on every rank
+        own = error
+    fault = None
+    if own is not None:
+        mendable = isinstance(own, OSError | SafetensorError)
+        fault = {"mendable": mendable, "text": f"{type(own).__name__}: {own}"}
+    verdict = broadcast_json(_verdict(gather_json(fault, group)), group)
+    if verdict is None:
+        return
+    if verdict["mendable"]:
+        raise UserError(f"{action}: {verdict['text']}. {mend}") from own
+    raise AssertionError(f"{action}: {verdict['text']}") from own
+
+
+def _verdict(reports: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Of all ranks' faults the one to tell: a bug before what may only follow from it."""
+    faults = [(rank, fault) for rank, fault in enumerate(reports) if fault]
+    if not faults:
+        return None
+    rank, fault = min(faults, key=lambda item: item[1]["mendable"])
+    others = f" (and {len(faults) - 1} other ranks)" if len(faults) > 1 else ""
+    return {"mendable": fault["mendable"], "text": f"rank {rank}: {fault['text']}{others}"}
+
+
+def _encode(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(message: Tensor) -> Any:
+    return json.loads(message.numpy().tobytes())

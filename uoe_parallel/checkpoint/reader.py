@@ -1,0 +1,142 @@
+"""Finding the newest whole checkpoint, and reading any box of any entry from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import KeysView, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.checkpoint import folders
+from uoe_parallel.checkpoint.collective import broadcast_json, gather_json, rank_in, shared_fate
+from uoe_parallel.checkpoint.manifest import DTYPES, MANIFEST_NAME, Manifest, unseal
+from uoe_parallel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FAULTS_TOLD = 3
+
+
+class CheckpointReader:
+    """A checkpoint that was found whole. Reading is not collective: each rank takes its boxes."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self._manifest = manifest
+        self._files: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return self._manifest.step
+
+    @property
+    def state(self) -> dict[str, JsonValue]:
+        """What was passed as `state` when it was saved."""
+        return self._manifest.state
+
+    def keys(self) -> KeysView[str]:
+        return self._manifest.entries.keys()
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return self._manifest.entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return DTYPES[self._manifest.entries[key].dtype]
+
+    def read(
+        self, key: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """A new CPU tensor with the box of `shape` that begins at `offsets` of the entry `key`.
+
+        Without offsets and shape, the whole entry. Only what overlaps the box is read. Raises
+        OSError if a file has gone since it was found whole.
+        """
+        entry = self._manifest.entries[key]
+        offsets = (0,) * len(entry.shape) if offsets is None else offsets
+        shape = entry.shape if shape is None else shape
+        assert len(offsets) == len(shape) == len(entry.shape), f"{key}: {offsets}, {shape}"
+        assert all(
+            first >= 0 and size >= 0 and first + size <= whole
+            for first, size, whole in zip(offsets, shape, entry.shape, strict=True)
+        ), f"{key}: {shape} at {tuple(offsets)} leaves {entry.shape}"
+        box = torch.empty(tuple(shape), dtype=self.dtype(key))
+        for piece in entry.pieces:
+            spans = [
+                _overlap(*edges)
+                for edges in zip(offsets, shape, piece.offsets, piece.shape, strict=True)
+            ]
+            if all(size > 0 for _, _, size in spans):
+                target = tuple(slice(to, to + size) for to, _, size in spans)
+                source = tuple(slice(at, at + size) for _, at, size in spans)
+                box[target] = self._open(piece.file).get_slice(piece.tensor)[source]
+        return box
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="pt")
+        return self._files[file]
+
+
+def find_checkpoint(root: Path, group: ProcessGroup | None) -> CheckpointReader | None:
+    """The newest whole checkpoint in `root`, the same on every rank; None if there is none at all.
+
+    Collective over `group` (see `collective`), whose ranks share the work of reading every file
+    once to compare checksums. Rank 0 logs a warning for each damaged checkpoint that is passed
+    over. Raises UserError on every rank if there are checkpoints and all of them are damaged.
+    """
+    names: list[str] = []
+    with shared_fate(f"can't look for checkpoints in {root}", "See that it can be read", group):
+        if rank_in(group) == 0:
+            names = [path.name for path in folders.list_checkpoints(root)]
+    problems: list[str] = []
+    for name in broadcast_json(names, group):
+        manifest, faults = _verify(root / name, group)
+        if manifest and not faults:
+            return CheckpointReader(root / name, manifest)
+        more = f" and {len(faults) - _FAULTS_TOLD} more" if len(faults) > _FAULTS_TOLD else ""
+        problems.append(f"{name}: {', '.join(faults[:_FAULTS_TOLD])}{more}")
+        if rank_in(group) == 0:
+            logger.warning("passing over a damaged checkpoint in %s: %s", root, problems[-1])
+    if problems:
+        raise UserError(
+            f"no checkpoint in {root} is whole ({'; '.join(problems)}). Bring one back from a "
+            "copy, or move the folder away to start from the first step"
+        )
+    return None
+
+
+def _verify(folder: Path, group: ProcessGroup | None) -> tuple[Manifest | None, list[str]]:
+    """The manifest as rank 0 read it, and all ranks' faults; the same on every rank."""
+    text, fault = "", ""
+    if rank_in(group) == 0:
+        try:
+            text = (folder / MANIFEST_NAME).read_text()
+            unseal(text)
+        except OSError as error:
+            fault = f"{MANIFEST_NAME}: {error.strerror}"
+        except ValueError as error:
+            fault = f"{MANIFEST_NAME} is damaged: {error}"
+    text, fault = broadcast_json([text, fault], group)
+    if fault:
+        return None, [fault]
+    manifest = unseal(text)
+    rank, ranks = (group.rank(), group.size()) if group else (0, 1)
+    mine = sorted(manifest.files)[rank::ranks]
+    faults = [manifest.files[name].fault(folder / name) for name in mine]
+    gathered = [fault for part in gather_json([f for f in faults if f], group) for fault in part]
+    if manifest.step != folders.step_of(folder):
+        gathered.append(f"it holds step {manifest.step}")
+    return manifest, broadcast_json(gathered, group)
+
+
+def _overlap(first: int, size: int, piece_first: int, piece_size: int) -> tuple[int, int, int]:
+    """In one dimension, where a piece meets a box: index in the box, in the piece, and length."""
+    start = max(first, piece_first)
+    end = min(first + size, piece_first + piece_size)
+    return start - first, start - piece_first, end - start
