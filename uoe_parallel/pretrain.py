@@ -1,0 +1,175 @@
+"""Pretrain a Union-of-Experts language model: `python -m uoe_parallel.pretrain --config FILE`.
+
+Start it with torchrun, the deepspeed launcher or mpirun for several ranks, or alone for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uoe_parallel.config.load import load_config
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.config.yaml_text import dump
+from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.groups import (
+    ParallelGroups,
+    distributed,
+    rank_from_environment,
+    start_groups,
+    world_size_from_environment,
+)
+from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
+
+if TYPE_CHECKING:
+    from uoe_parallel.training.console import TrainingConsole
+    from uoe_parallel.training.trainer import Trainer
+
+USER_ERROR_EXIT_CODE = 2
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="uoe-pretrain",
+        description="Pretrain a Union-of-Experts language model.",
+        epilog="Example: torchrun --standalone --nproc-per-node 2 -m uoe_parallel.pretrain "
+        "--config configs/cpu_quickstart.yaml training.steps=100",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="replaces a field of the file; the value is YAML",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and exit"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take one step, report and exit; writes nothing",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, or 2 on every rank for a user's mistake."""
+    options = parse_arguments(arguments)
+    rank = rank_from_environment()
+    try:
+        world_size = world_size_from_environment()
+        config = load_config(
+            options.config,
+            options.overrides,
+            checks=[lambda checked: layout_faults(checked, world_size)],
+        )
+        if options.print_config:
+            if rank == 0:
+                print(dump(config.model_dump(mode="json")), end="")
+        else:
+            layout = ParallelLayout.from_config(config.parallel, world_size)
+            _run(config, layout, options)
+    except UserError as error:
+        if rank == 0:
+            print(f"uoe-pretrain: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+    return 0
+
+
+def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace) -> None:
+    with distributed() as device:
+        # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
+        from uoe_parallel.training.console import TrainingConsole
+        from uoe_parallel.training.trainer import Trainer
+
+        groups = start_groups(layout)
+        console = TrainingConsole(quiet=not groups.is_main)
+        trainer = Trainer(config, groups, device, console)
+        _introduce(config, groups, trainer, console)
+        if options.dry_run:
+            _dry_run(trainer, console)
+            return
+        trainer.train()
+        losses = {split: trainer.evaluate(split) for split in ("validation", "test")}
+        text = trainer.sample_text()
+        _conclude(config, options, losses, text, layout, console)
+
+
+def _introduce(
+    config: RunConfig, groups: ParallelGroups, trainer: Trainer, console: TrainingConsole
+) -> None:
+    layout, model = groups.layout, config.model
+    kinds = {"feed-forward": config.feed_forward, "attention": config.attention}
+    routed = {
+        kind: sum(routing.routes(layer) for layer in range(model.num_layers))
+        for kind, routing in kinds.items()
+    }
+    console.table(
+        "Union-of-Experts pretraining",
+        [
+            ("run folder", config.run_dir),
+            ("parameters", f"{trainer.num_parameters:,}"),
+            (
+                "ranks",
+                f"{layout.world_size}: tensor {layout.tensor} x data {layout.data}, sequence "
+                f"parallel {'on' if layout.sequence_parallel else 'off'}, ZeRO {layout.zero_stage}",
+            ),
+            (
+                "experts",
+                f"feed-forward {config.feed_forward.top_k} of {config.feed_forward.num_experts} "
+                f"in {routed['feed-forward']} layers, attention {config.attention.top_k} of "
+                f"{model.kv_heads} in {routed['attention']} layers, of {model.num_layers}",
+            ),
+            ("precision", config.training.precision),
+            ("picked", trainer.picks),
+        ],
+    )
+
+
+def _dry_run(trainer: Trainer, console: TrainingConsole) -> None:
+    result = trainer.train_step()
+    seconds = trainer.timer.take()
+    console.table(
+        "Dry run: one step taken, nothing written",
+        [
+            ("loss", f"{result.loss:.4f} nats/token"),
+            ("gradient norm", f"{result.gradient_norm:.4f}"),
+            *((f"seconds, {part}", f"{value:.3f}") for part, value in seconds.items()),
+            ("peak memory of rank 0", f"{trainer.device.peak_memory() / 2**20:,.0f} MiB"),
+        ],
+    )
+
+
+def _conclude(
+    config: RunConfig,
+    options: argparse.Namespace,
+    losses: dict[str, float | None],
+    text: str,
+    layout: ParallelLayout,
+    console: TrainingConsole,
+) -> None:
+    from uoe_parallel.training.metrics import bits_per_byte
+
+    console.say("\nSampled from the model:\n" + text.rstrip() + "\n")
+    rows = [
+        (split, f"{loss:.4f} nats/token = {bits_per_byte(loss):.4f} bits/byte")
+        for split, loss in losses.items()
+        if loss is not None
+    ]
+    start = f"torchrun --standalone --nproc-per-node {layout.world_size} -m uoe_parallel.pretrain"
+    kept = [item for item in options.overrides if not item.startswith("training.steps=")]
+    command = [start, "--config", shlex.quote(str(options.config)), *map(shlex.quote, kept)]
+    rows += [
+        ("files", f"{config.run_dir}: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"),
+        ("resume", " ".join([*command, f"training.steps={2 * config.training.steps}"])),
+    ]
+    console.table("Finished", rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The run's record: one JSON line per report, the same numbers as TensorBoard events.
+
+Shape legend: L layers, N experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+Kind = Literal["train", "validation", "test", "event"]
+Values = Mapping[str, float | list[float]]
+
+
+class MetricsWriter:
+    """Writes <run_dir>/metrics.jsonl and, if asked, events in <run_dir>/tensorboard.
+
+    For rank 0 alone: the others have none. What `write` returned from outlives a killed process;
+    a line that a crash tore is dropped when the next writer is made. A run that starts or resumes
+    calls `truncate_after` before its first `write`.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._events_dir = run_dir / "tensorboard" if tensorboard else None
+        self._events: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._keep_lines(math.inf)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was written for steps after `step`, which are about to be taken again.
+
+        0 or more for a resumed run, -1 for one that starts over. TensorBoard keeps the old
+        events in its files and hides them.
+        """
+        self._keep_lines(step)
+        self.close()
+        self._purge_step = step + 1
+
+    def write(self, step: int, kind: Kind, values: Values) -> None:
+        """Append `values` at optimizer step `step`.
+
+        The line is {"step": step, "kind": kind, **values}; NaN and infinities, which JSON lacks,
+        become null. TensorBoard has the scalar "<kind>/<name>", and "<kind>/<name>/<index>" for
+        each entry of a list.
+        """
+        assert not {"step", "kind"} & values.keys()
+        record = {"step": step, "kind": kind, **{n: _json_value(v) for n, v in values.items()}}
+        # Opened anew each time: reports are rare, and no open handle can outlive a rewrite.
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._events_dir is not None:
+            self._write_events(self._events_dir, step, kind, values)
+
+    def close(self) -> None:
+        """Finish the TensorBoard file; a later `write` starts another one."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _write_events(self, folder: Path, step: int, kind: Kind, values: Values) -> None:
+        if self._events is None:
+            # Imported here because it takes a second that runs without TensorBoard need not pay.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
+            self._purge_step = None
+        for name, value in values.items():
+            if isinstance(value, list):
+                for index, entry in enumerate(value):
+                    self._events.add_scalar(f"{kind}/{name}/{index}", entry, step)
+            else:
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._events.flush()
+
+    def _keep_lines(self, last_step: float) -> None:
+        """Rewrite the file, if need be, with its whole lines of steps up to `last_step`."""
+        if not self._path.exists():
+            return
+        old = self._path.read_bytes()
+        new = b"".join(_lines_up_to(last_step, old.splitlines(keepends=True)))
+        if new == old:
+            return
+        partial = self._path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float = 1.0) -> float:
+    """A loss per token, in nats, as bits per byte of text."""
+    return nats_per_token / (math.log(2.0) * bytes_per_token)
+
+
+def load_statistics(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
+    """How evenly each layer's experts are used.
+
+    Args:
+        counts_LN: tokens each expert took, any real dtype, not negative, N >= 1.
+
+    Returns:
+        max_over_mean_L: the busiest expert's load over the mean load, fp64, 1 (even) to N.
+        entropy_L: entropy of the load distribution over log N, fp64, 0 (one expert) to 1 (even).
+        A layer without any token, or with one expert, counts as even.
+    """
+    num_experts = counts_LN.shape[-1]
+    counts_LN = counts_LN.double()
+    total_L1 = counts_LN.sum(-1, keepdim=True)
+    share_LN = torch.where(total_L1 > 0, counts_LN / total_L1, 1.0 / num_experts)
+    max_over_mean_L = share_LN.amax(-1) * num_experts
+    if num_experts == 1:
+        return max_over_mean_L, torch.ones_like(max_over_mean_L)
+    entropy_L = torch.special.entr(share_LN).sum(-1) / math.log(num_experts)
+    return max_over_mean_L, entropy_L.clamp(max=1.0)  # rounding may pass 1 by an ulp
+
+
+def _json_value(value: float | list[float]) -> float | list[float | None] | None:
+    if isinstance(value, list):
+        return [entry if math.isfinite(entry) else None for entry in value]
+    return value if math.isfinite(value) else None
+
+
+def _lines_up_to(last_step: float, lines: Iterable[bytes]) -> Iterable[bytes]:
+    """The lines that are whole records of steps up to `last_step`."""
+    for line in lines:
+        try:
+            in_range = json.loads(line)["step"] <= last_step
+        except (ValueError, TypeError, KeyError):  # no JSON, or no record of ours
+            continue
+        if in_range and line.endswith(b"\n"):
+            yield line

@@ -1,0 +1,79 @@
+"""AdamW over groups of parameters that are treated alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from uoe_parallel.config.schema import TrainingConfig
+from uoe_parallel.training.schedule import learning_rate_factor
+
+ROUTER_SUFFIX = "router_weight"
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Groups "decay", "no_decay" (norms and biases) and "router" (no decay, a rate of its own).
+
+    Each carries its `peak_lr`. Groups without parameters are left out.
+    """
+    decay, no_decay, router = [], [], []
+    for name, param in model.named_parameters():
+        if name.endswith(ROUTER_SUFFIX):
+            router.append(param)
+        elif param.ndim < 2:
+            no_decay.append(param)
+        else:
+            decay.append(param)
+    rate = config.learning_rate
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": config.weight_decay, "peak_lr": rate},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0, "peak_lr": rate},
+        {
+            "name": "router",
+            "params": router,
+            "weight_decay": 0.0,
+            "peak_lr": config.router_learning_rate or rate,
+        },
+    ]
+    return [group | {"lr": group["peak_lr"]} for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device
+) -> tuple[Optimizer, str]:
+    """AdamW in the fastest form this machine has, and that form's name for the log."""
+    arguments = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    apex_adam = _apex_fused_adam() if device.type == "cuda" else None
+    if apex_adam is not None:
+        return apex_adam(groups, adam_w_mode=True, **arguments), "apex.optimizers.FusedAdam"
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, fused=fused, **arguments), f"torch.optim.AdamW(fused={fused})"
+
+
+def _apex_fused_adam() -> Callable[..., Optimizer] | None:
+    # NVIDIA Apex is built from source; what PyPI calls apex is another project without this name.
+    try:
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return FusedAdam
+
+
+def set_learning_rates(optimizer: Any, step: int, config: TrainingConfig) -> float:
+    """Give every group its rate for optimizer step `step` (from 0); returns the main one.
+
+    A pure function of the step, so that a resumed run needs no saved schedule.
+    """
+    factor = learning_rate_factor(
+        step,
+        warmup_steps=config.warmup_steps,
+        steps=config.steps,
+        min_factor=config.min_learning_rate / config.learning_rate,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return config.learning_rate * factor

@@ -1,0 +1,299 @@
+"""The training loop: data, steps, validation, checkpoints, reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint, save_checkpoint
+from uoe_parallel.checkpoint.collective import shared_fate
+from uoe_parallel.config.load import save_config
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.data.batches import (
+    MicroBatch,
+    evaluation_batches,
+    largest_token,
+    step_batches,
+)
+from uoe_parallel.data.dataset import TokenWindows
+from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
+from uoe_parallel.errors import UserError
+from uoe_parallel.experts.backends import choose_backend
+from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.device import Device
+from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.training.console import TrainingConsole
+from uoe_parallel.training.engine import DTYPES, TrainingEngine
+from uoe_parallel.training.generation import sample
+from uoe_parallel.training.metrics import MetricsWriter, Values, bits_per_byte
+from uoe_parallel.training.routing_report import routing_report
+from uoe_parallel.training.state import capture, restore
+from uoe_parallel.training.timers import StepTimer
+
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 200
+SAMPLE_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, the same on every rank."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
+class Trainer:
+    """One run, from its config to its last checkpoint. Built and used by every rank alike."""
+
+    def __init__(
+        self, config: RunConfig, groups: ParallelGroups, device: Device, console: TrainingConsole
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.device = device
+        self.console = console
+        self.run_dir = Path(config.run_dir)
+        torch.manual_seed(config.seed)
+        self.tokenizer = build_tokenizer(config.data.tokenizer)
+        length = config.model.sequence_length
+        self.train_data = TokenWindows(config.data.train, length)
+        self.evaluation_data = {
+            split: TokenWindows(prefix, length)
+            for split, prefix in (
+                ("validation", config.data.validation),
+                ("test", config.data.test),
+            )
+            if prefix is not None
+        }
+        backend = choose_backend(device.torch_device, DTYPES[config.training.precision])
+        self.model = LanguageModel(
+            config,
+            groups,
+            vocab_size=padded_vocab_size(self.tokenizer.size, config.model.vocab_multiple),
+            used_vocab_size=self.tokenizer.size,
+            backend=backend,
+        )
+        self.num_parameters = self._count_parameters()
+        self.engine = TrainingEngine(self.model, config, groups, device.torch_device)
+        self.picks = f"{type(backend).__name__}, {self.engine.optimizer_name}"
+        self.timer = StepTimer(device.synchronize)
+        self.metrics: MetricsWriter | None = None
+        self.step = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.model.sequence_length
+
+    def train(self) -> None:
+        """Train to the last step, resuming if the run folder allows it; then test and sample."""
+        self._open_run()
+        training, steps = self.config.training, self.config.training.steps
+        with self.console.progress(steps, start=self.step):
+            while self.step < steps:
+                result = self.train_step()
+                last = self.step == steps
+                if last or self.step % self.config.logging.every == 0:
+                    self._report(result)
+                if last or _is_due(self.step, training.validate_every):
+                    self.evaluate("validation")
+                if last or _is_due(self.step, self.config.checkpoint.every):
+                    self.save()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def train_step(self) -> StepResult:
+        """Take one optimizer step; `step` counts it.
+
+        Raises UserError on every rank, before the weights change, for a token beyond the
+        vocabulary or a loss that is not finite.
+        """
+        training = self.config.training
+        with self.timer.step(parts=not self.device.is_cuda or self._logs_next_step()):
+            with self.timer.part("data"):
+                batches = step_batches(
+                    self.train_data,
+                    self.step,
+                    seed=self.config.seed,
+                    global_batch_size=training.global_batch_size,
+                    micro_batch_size=training.micro_batch_size,
+                    data_rank=self.groups.data_rank,
+                    data_size=self.groups.layout.data,
+                )
+                self._check_tokens(batches, self.config.data.train)
+                batches = [batch.to(self.device.torch_device) for batch in batches]
+            result = StepResult(*self.engine.step(batches, self.step, self.timer))
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss of step {self.step + 1} is {result.loss}: training stopped before it "
+                "could reach the weights. Checkpoints in the run folder are untouched; lower "
+                f"training.learning_rate ({training.learning_rate}) or raise "
+                "training.warmup_steps, and start again to continue from the newest checkpoint"
+            )
+        self.step += 1
+        return result
+
+    def evaluate(self, split: str) -> float | None:
+        """Nats per token on `split`, reported; None if the run has no such data."""
+        dataset = self.evaluation_data.get(split)
+        if dataset is None:
+            return None
+        batches = list(
+            evaluation_batches(
+                dataset,
+                self.config.training.validation_sequences,
+                micro_batch_size=self.config.training.micro_batch_size,
+                data_rank=self.groups.data_rank,
+                data_size=self.groups.layout.data,
+            )
+        )
+        self._check_tokens(batches, dataset.prefix)
+        loss = self.engine.evaluate(batches)
+        values = {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
+        if self.metrics is not None:
+            self.metrics.write(self.step, "test" if split == "test" else "validation", values)
+        self.console.say(
+            f"{split}: loss {loss:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte "
+            f"after step {self.step}"
+        )
+        return loss
+
+    def sample_text(self) -> str:
+        """A continuation of a short prompt. Every rank takes part and gets the same text."""
+        self.engine.deepspeed.eval()
+        with self.model.replicated_tokens():
+            ids = sample(
+                self.engine.deepspeed,
+                [self.tokenizer.eod, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
+                num_tokens=SAMPLE_TOKENS,
+                context=self.config.model.sequence_length,
+                temperature=SAMPLE_TEMPERATURE,
+                seed=self.config.seed,
+                device=self.device.torch_device,
+            )
+        self.engine.deepspeed.train()
+        return SAMPLE_PROMPT + self.tokenizer.decode(ids)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step. Collective over all ranks."""
+        pieces = capture(
+            self.engine.deepspeed, self.groups, masters=self.config.training.precision == "bf16"
+        )
+        state = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "config": self.config.model_dump(mode="json"),
+        }
+        folder = save_checkpoint(
+            self.checkpoint_dir,
+            self.step,
+            pieces,
+            state,
+            self.groups.world,
+            self.config.checkpoint.keep,
+        )
+        self.console.say(f"checkpoint: {folder}")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def _open_run(self) -> None:
+        """Resume or start: load state, save the config, open the metrics."""
+        reader = None
+        if self.config.checkpoint.resume:
+            reader = find_checkpoint(self.checkpoint_dir, self.groups.world)
+        if reader is not None:
+            self._check_resumable(reader)
+            restore(self.engine.deepspeed, self.groups, reader)
+            self.step = reader.step
+            self.console.say(f"resuming from {reader.path} (step {reader.step})")
+        with shared_fate(
+            f"the run folder {self.run_dir} cannot be written",
+            "Set run_dir to a folder that every rank can write to",
+            self.groups.world,
+        ):
+            if self.groups.is_main:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                save_config(self.config, self.run_dir / "config.yaml")
+                self.metrics = MetricsWriter(self.run_dir, self.config.logging.tensorboard)
+                self.metrics.truncate_after(self.step if reader else -1)
+
+    def _check_resumable(self, reader: CheckpointReader) -> None:
+        """Refuse a checkpoint of another model or another order of the data."""
+        saved = RunConfig.model_validate_json(json.dumps(reader.state["config"]))
+        pairs = {
+            "model": (saved.model, self.config.model),
+            "feed_forward.num_experts": (
+                saved.feed_forward.num_experts,
+                self.config.feed_forward.num_experts,
+            ),
+            "seed": (saved.seed, self.config.seed),
+            "data": (saved.data, self.config.data),
+            "training.global_batch_size": (
+                saved.training.global_batch_size,
+                self.config.training.global_batch_size,
+            ),
+            "training.precision": (saved.training.precision, self.config.training.precision),
+        }
+        changed = [
+            f"{field}: saved {old}, now {new}" for field, (old, new) in pairs.items() if old != new
+        ]
+        if changed:
+            raise UserError(
+                f"{reader.path} was saved by a run that differs:\n  "
+                + "\n  ".join(changed)
+                + "\nRestore these fields, choose another run_dir, or start over there with "
+                "checkpoint.resume=false"
+            )
+
+    def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:
+        largest = torch.tensor(largest_token(batches), device=self.device.torch_device)
+        largest = int(comm.max_over(largest, self.groups.data))
+        if largest >= self.tokenizer.size:
+            raise UserError(
+                f"{prefix}: token id {largest} is beyond the {self.tokenizer.size} ids of "
+                f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
+                "tokenizer or name the one it was made with"
+            )
+
+    def _report(self, result: StepResult) -> None:
+        seconds = self.timer.take()
+        memory = torch.tensor(float(self.device.peak_memory()), device=self.device.torch_device)
+        memory = float(comm.max_over(memory, self.groups.world))
+        routing = routing_report(self.model.routed_blocks(), self.groups)
+        values: Values = {
+            "loss": result.loss,
+            "bits_per_byte": bits_per_byte(result.loss),
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_per_second": self.tokens_per_step / seconds["step"],
+            "tokens": float(self.step * self.tokens_per_step),
+            "eta_seconds": seconds["step"] * (self.config.training.steps - self.step),
+            "peak_memory_bytes": memory,
+            **{f"seconds/{part}": value for part, value in seconds.items()},
+            **routing,
+        }
+        if self.metrics is not None:
+            self.metrics.write(self.step, "train", values)
+        self.console.report(self.step, values)
+
+    def _logs_next_step(self) -> bool:
+        return (self.step + 1) % self.config.logging.every == 0
+
+    def _count_parameters(self) -> int:
+        """Elements of the full model."""
+        local = torch.tensor([0, 0])
+        for param in self.model.parameters():
+            local[int(getattr(param, "tensor_model_parallel", False))] += param.numel()
+        return int(local[0] + local[1] * self.groups.layout.tensor)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
