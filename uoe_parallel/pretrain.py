@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uoe_parallel.config.load import load_config
+from uoe_parallel.config.load import format_config, load_config
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.config.yaml_text import dump
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if options.print_config:
             if rank == 0:
-                print(dump(config.model_dump(mode="json")), end="")
+                print(format_config(config), end="")
         else:
             layout = ParallelLayout.from_config(config.parallel, world_size)
             _run(config, layout, options)

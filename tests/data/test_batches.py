@@ -119,7 +119,7 @@ def test_micro_batch_holds_inputs_and_the_tokens_that_follow() -> None:
     micro=st.integers(1, 4),
     data_size=st.integers(1, 4),
 )
-def test_evaluation_covers_the_first_windows_in_equal_shares(
+def test_evaluation_spreads_its_windows_and_gives_equal_shares(
     count: int, wanted: int, micro: int, data_size: int
 ) -> None:
     ranks = [
@@ -137,7 +137,7 @@ def test_evaluation_covers_the_first_windows_in_equal_shares(
     total = min(wanted, count)
     assert {len(batches) for batches in ranks} == {-(-total // (micro * data_size))}
     in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
-    assert drawn(in_order) == list(range(total))
+    assert drawn(in_order) == [i * count // total for i in range(total)]
     for batch in in_order:
         assert batch.tokens.shape == (micro, 4)
         padding = ~batch.loss_mask.any(dim=1)

@@ -161,7 +161,7 @@ def test_interrupted_build_leaves_nothing_half_made(
 
 def test_source_without_enough_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "library").mkdir()
-    with pytest.raises(UserError, match="library: 0 usable .* train, validation, test; use a"):
+    with pytest.raises(UserError, match=r"library: 0 usable .* train, validation, test; use a"):
         build_stdlib_corpus(tmp_path / "corpus", tmp_path / "library")
     assert not (tmp_path / "corpus").exists()
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.checkpoint import folders
-from uoe_parallel.checkpoint.collective import broadcast_json, gather_json, rank_in, shared_fate
 from uoe_parallel.checkpoint.manifest import DTYPES, MANIFEST_NAME, Manifest, unseal
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.agreement import broadcast_json, gather_json, rank_in, shared_fate
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class CheckpointReader:
 def find_checkpoint(root: Path, group: ProcessGroup | None) -> CheckpointReader | None:
     """The newest whole checkpoint in `root`, the same on every rank; None if there is none at all.
 
-    Collective over `group` (see `collective`), whose ranks share the work of reading every file
+    Collective over `group` (see `agreement`), whose ranks share the work of reading every file
     once to compare checksums. Rank 0 logs a warning for each damaged checkpoint that is passed
     over. Raises UserError on every rank if there are checkpoints and all of them are damaged.
     """

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.checkpoint import folders
-from uoe_parallel.checkpoint.collective import broadcast_json, gather_json, rank_in, shared_fate
 from uoe_parallel.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -26,6 +25,7 @@ from uoe_parallel.checkpoint.manifest import (
     unseal,
 )
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.agreement import broadcast_json, gather_json, rank_in, shared_fate
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,11 @@ def save_checkpoint(
 
     root: on a file system that all ranks share. pieces: of this rank, maybe none; over all
     ranks they tile each entry exactly. state: small, finite JSON, rank 0's counts. group: see
-    `collective`. keep: how many of the newest whole checkpoints up to this one stay; newer ones,
+    `agreement`. keep: how many of the newest whole checkpoints up to this one stay; newer ones,
     which only a run that has fallen back leaves ahead of itself, stay as well.
 
     Whenever this is interrupted, the checkpoints that were whole before remain so. Raises
-    UserError on every rank when any can't write, after which nothing of the attempt is left.
+    UserError on every rank when any can't write, after which no half of it is left.
     """
     assert keep >= 1 and step >= 0
     final = root / folders.folder_name(step)
@@ -128,6 +128,7 @@ def _write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         assert _kind(entry) == _kind(part), f"{name}: {_kind(entry)} and {_kind(part)}"
         entry["pieces"].append({"file": path.name, "tensor": name, **place})
     save_file(tensors, path)
+    path.chmod(0o644)  # safetensors lets nobody but the owner read
     folders.fsync(path)
     return {"file": path.name, "record": FileRecord.of(path).model_dump(), "entries": entries}
 

@@ -123,14 +123,13 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints are written to <run_dir>/checkpoints."""
+    """Checkpoints are written to <run_dir>/checkpoints; a run continues from the newest whole one
+    that it finds there."""
 
     every: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
-    resume: bool = True
-    """Continue from the newest whole checkpoint of the run folder, if there is one."""
 
 
 class LoggingConfig(Section):

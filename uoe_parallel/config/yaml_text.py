@@ -89,4 +89,5 @@ def parse(text: str | bytes) -> Any:
 
 def dump(value: Any) -> str:
     """YAML text that `parse` reads back to an equal value (tuples come back as lists)."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    # ASCII with escapes, as PyYAML writes U+0085 as it is and reads it back as a line's end.
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)

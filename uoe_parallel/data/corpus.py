@@ -29,8 +29,16 @@ _SUMMARY_NAME = "corpus.json"
 # Installed packages are not the standard library. Tests are mostly literal test data, and
 # `encodings` and `pydoc_data` tables made by programs: little of it reads like code.
 _SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "__pycache__")
-    + ("test", "tests", "idle_test", "encodings", "pydoc_data")
+    [
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+    ]
 )
 _DTYPE = np.uint16
 

@@ -147,6 +147,7 @@ class Head(nn.Module):
     def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
         super().__init__()
         model = builder.config.model
+        self.tied = model.tie_embeddings
         self.norm = builder.norm()
         self.logits = ColumnParallelLinear(
             model.hidden_size,
@@ -158,8 +159,11 @@ class Head(nn.Module):
             tp_group=builder.groups.tensor,
         )
 
-    def forward(self, x_SBD: Tensor, tied_weight: Tensor | None) -> Tensor:
-        return self.logits(self.norm(x_SBD), weight=tied_weight)[0]
+    def forward(self, x_SBD: Tensor, embedding: VocabParallelEmbedding) -> Tensor:
+        # The tied weight is asked for here, inside the module that uses it: ZeRO 3 gathers it
+        # for this forward and backward pass then, and not for longer.
+        weight = embedding.weight if self.tied else None
+        return self.logits(self.norm(x_SBD), weight=weight)[0]
 
 
 class LanguageModel(nn.Module):
@@ -182,7 +186,6 @@ class LanguageModel(nn.Module):
         builder = LayerBuilder(config, groups, backend, dtype)
         self.group = groups.tensor
         self.used_vocab_size = used_vocab_size
-        self.tied = config.model.tie_embeddings
         self.embedding = Embedding(builder, vocab_size)
         self.layers = nn.ModuleList(
             TransformerBlock(builder, layer) for layer in range(config.model.num_layers)
@@ -203,8 +206,7 @@ class LanguageModel(nn.Module):
         tokens_BS, labels_BS: int64 ids below the vocabulary size. With sequence parallelism S
         must be a multiple of the tensor size.
         """
-        tied_weight = self.embedding.tokens.weight if self.tied else None
-        logits_SBV = self.head(self.hidden(tokens_BS), tied_weight)
+        logits_SBV = self.head(self.hidden(tokens_BS), self.embedding.tokens)
         if labels_BS is None:
             logits_SBV = comm.gather_last_dim(logits_SBV, self.group)
             return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)

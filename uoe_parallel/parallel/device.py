@@ -20,7 +20,7 @@ class Device:
 
     torch_device: torch.device
     backend: str
-    """Backend of torch.distributed: gloo or nccl."""
+    """Backend of torch.distributed: gloo, and on CUDA nccl for the device's tensors."""
 
     @property
     def is_cuda(self) -> bool:
@@ -47,7 +47,8 @@ def use_device(local_rank: int) -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        return Device(torch.device("cuda", local_rank), "nccl")
+        # Control messages and checkpoints' small talk go over CPU tensors.
+        return Device(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl")
     os.environ["DS_ACCELERATOR"] = "cpu"
     _answer_for_cuda()
     _skip_shared_memory_op()

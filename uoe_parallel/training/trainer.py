@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint, save_checkpoint
-from uoe_parallel.checkpoint.collective import shared_fate
 from uoe_parallel.config.load import save_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import (
@@ -25,6 +24,7 @@ from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import choose_backend
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.training.console import TrainingConsole
@@ -63,15 +63,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         length = config.model.sequence_length
-        self.train_data = TokenWindows(config.data.train, length)
-        self.evaluation_data = {
-            split: TokenWindows(prefix, length)
-            for split, prefix in (
-                ("validation", config.data.validation),
-                ("test", config.data.test),
-            )
-            if prefix is not None
-        }
+        evaluated = {"validation": config.data.validation, "test": config.data.test}
+        with shared_fate("the corpora cannot be read", "See to the named file", groups.world):
+            self.train_data = TokenWindows(config.data.train, length)
+            self.evaluation_data = {
+                split: TokenWindows(prefix, length)
+                for split, prefix in evaluated.items()
+                if prefix is not None
+            }
         backend = choose_backend(device.torch_device, DTYPES[config.training.precision])
         self.model = LanguageModel(
             config,
@@ -206,9 +205,7 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
-        reader = None
-        if self.config.checkpoint.resume:
-            reader = find_checkpoint(self.checkpoint_dir, self.groups.world)
+        reader = find_checkpoint(self.checkpoint_dir, self.groups.world)
         if reader is not None:
             self._check_resumable(reader)
             restore(self.engine.deepspeed, self.groups, reader)
@@ -249,8 +246,7 @@ class Trainer:
             raise UserError(
                 f"{reader.path} was saved by a run that differs:\n  "
                 + "\n  ".join(changed)
-                + "\nRestore these fields, choose another run_dir, or start over there with "
-                "checkpoint.resume=false"
+                + "\nRestore these fields to continue it, or choose another run_dir"
             )
 
     def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:

@@ -62,9 +62,9 @@ def broadcast_json(value: Any, group: ProcessGroup | None) -> Any:
 def shared_fate(action: str, mend: str, group: ProcessGroup | None) -> Iterator[None]:
     """Run the block on every rank; if it fails on one, all raise the same error. Collective.
 
-    The block itself must hold no collective. A failure of the file system becomes a UserError
-    "<action>: <what happened where>. <mend>"; anything else is a bug of ours, and becomes an
-    AssertionError.
+    The block itself must hold no collective. A UserError reaches every rank as it is; a failure
+    of the file system becomes a UserError "<action>: <what happened where>. <mend>"; anything
+    else is a bug of ours, and becomes an AssertionError.
     """
     own: Exception | None = None
     try:
@@ -72,12 +72,16 @@ def shared_fate(action: str, mend: str, group: ProcessGroup | None) -> Iterator[
     except Exception as error:  # raised again below, on every rank
         own = error
     fault = None
-    if own is not None:
+    if isinstance(own, UserError):
+        fault = {"mendable": True, "told": str(own)}
+    elif own is not None:
         mendable = isinstance(own, OSError | SafetensorError)
         fault = {"mendable": mendable, "text": f"{type(own).__name__}: {own}"}
     verdict = broadcast_json(_verdict(gather_json(fault, group)), group)
     if verdict is None:
         return
+    if "told" in verdict:
+        raise UserError(verdict["told"]) from own
     if verdict["mendable"]:
         raise UserError(f"{action}: {verdict['text']}. {mend}") from own
     raise AssertionError(f"{action}: {verdict['text']}") from own
@@ -89,6 +93,8 @@ def _verdict(reports: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if not faults:
         return None
     rank, fault = min(faults, key=lambda item: item[1]["mendable"])
+    if "told" in fault:
+        return fault
     others = f" (and {len(faults) - 1} other ranks)" if len(faults) > 1 else ""
     return {"mendable": fault["mendable"], "text": f"rank {rank}: {fault['text']}{others}"}
 
