@@ -1,0 +1,22 @@
+"""Fixtures and settings of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from hypothesis import settings
+
+from tests.harness import Ranks
+
+# Examples that start collectives take as long as the machine is busy.
+settings.register_profile("uoe", deadline=None, print_blob=True)
+settings.load_profile("uoe")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """`ranks(world_size).run(function, *args)` runs a function on every rank of a world."""
+    with closing(Ranks(tmp_path_factory.mktemp("ranks"))) as started:
+        yield started
