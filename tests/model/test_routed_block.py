@@ -1,0 +1,167 @@
+"""What must hold of routed blocks (UoE 6.2, 6.3, 6.4) and of the form that decoding uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.harness import Ranks
+from tests.model.cases import build_model, own_shard, random_tokens, start
+from tests.tiny import tiny_config
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.experts.backends import LoopBackend, ReferenceBackend
+from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.routing.router import Routing
+
+LAYOUTS = [(1, False), (2, True), (2, False)]
+CHANGED_POSITION = 9
+CHANGED_SEQUENCE = 2
+
+
+def parallel(tensor: int, sequence_parallel: bool) -> dict[str, Any]:
+    return {"parallel": {"tensor": tensor, "sequence_parallel": sequence_parallel}}
+
+
+def router_gradients(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each block: pairs of each expert, and the norm of each expert's router column."""
+    groups = start(config)
+    model = build_model(config, groups)
+    tokens = random_tokens(config)
+    model(tokens, tokens.roll(-1, 1)).mean().backward()
+    found = {}
+    for name, block in model.routed_blocks().items():
+        assert block.router_weight.grad is not None
+        found[name] = block.statistics.counts_E, block.router_weight.grad.norm(dim=1)
+    return found
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_router_column_of_every_chosen_expert_has_a_gradient(
+    ranks: Ranks, gate: str, top_k: int
+) -> None:
+    # Without balance losses, which reach every column by themselves.
+    routing = {"gate": gate, "top_k": top_k, "balance_loss": 0.0, "z_loss": 0.0}
+    config = tiny_config(feed_forward=routing, attention=routing)
+    blocks = ranks(1).run(router_gradients, config)[0]
+    assert len(blocks) == 4
+    for counts_E, column_norms_E in blocks.values():
+        assert (column_norms_E[counts_E > 0] > 0).all()
+
+
+def blocks_before_and_after(
+    config: RunConfig, kind: str, backend: LoopBackend | ReferenceBackend, change: str
+) -> list[tuple[Routing, Tensor]]:
+    """A block's routing and output in fp64 for an input and for a changed one, this rank's part."""
+    groups = start(config)
+    model = build_model(config, groups, torch.float64, backend)
+    block = model.routed_blocks()[f"layers.0.{kind}"]
+    generator = torch.Generator().manual_seed(11)
+    shape = (config.model.sequence_length, 4, config.model.hidden_size)
+    before = torch.randn(shape, generator=generator, dtype=torch.float64)
+    after = before.clone()
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if change == "later token":
+        after[CHANGED_POSITION:] += noise[CHANGED_POSITION:]
+    else:
+        after[:, CHANGED_SEQUENCE] += noise[:, CHANGED_SEQUENCE]
+    return [_routing_and_output(block, own_shard(x, groups)) for x in (before, after)]
+
+
+def _routing_and_output(block: RoutedBlock, x: Tensor) -> tuple[Routing, Tensor]:
+    routing = block.router(block._scores(x))
+    return Routing(routing.mask_SBE, routing.gates_SBE.detach()), block(x).detach()
+
+
+def compare(
+    ranks: Ranks, config: RunConfig, *case: Any, keep: tuple[slice | list[int], ...], exact: bool
+) -> None:
+    """`keep` selects what must not change out of [S, B, ...]."""
+    results = ranks(config.parallel.tensor).run(blocks_before_and_after, config, *case)
+    shards = results if config.parallel.sequence_parallel else results[:1]
+    (before, after) = zip(*shards, strict=True)
+    for part in ("mask_SBE", "gates_SBE"):
+        old, new = (torch.cat([getattr(r, part) for r, _ in run]) for run in (before, after))
+        assert torch.equal(old[keep], new[keep])
+        assert not torch.equal(old, new), "the change must have reached the router"
+    old, new = (torch.cat([y for _, y in run]) for run in (before, after))
+    if exact:
+        assert torch.equal(old[keep], new[keep])
+    torch.testing.assert_close(old[keep], new[keep], rtol=0, atol=1e-12)
+    assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("kind", ["feed_forward", "attention"])
+@pytest.mark.parametrize(("tensor", "sequence_parallel"), LAYOUTS)
+@pytest.mark.parametrize("backend", [LoopBackend(), ReferenceBackend()], ids=["loop", "reference"])
+def test_a_later_token_changes_nothing_before_it(
+    ranks: Ranks,
+    kind: str,
+    tensor: int,
+    sequence_parallel: bool,
+    backend: LoopBackend | ReferenceBackend,
+) -> None:
+    config = tiny_config(**parallel(tensor, sequence_parallel))
+    exact = isinstance(backend, ReferenceBackend)
+    keep = (slice(None, CHANGED_POSITION),)
+    compare(ranks, config, kind, backend, "later token", keep=keep, exact=exact)
+
+
+@pytest.mark.parametrize("kind", ["feed_forward", "attention"])
+@pytest.mark.parametrize(("tensor", "sequence_parallel"), LAYOUTS)
+@pytest.mark.parametrize("backend", [LoopBackend(), ReferenceBackend()], ids=["loop", "reference"])
+def test_another_sequence_of_the_batch_changes_nothing(
+    ranks: Ranks,
+    kind: str,
+    tensor: int,
+    sequence_parallel: bool,
+    backend: LoopBackend | ReferenceBackend,
+) -> None:
+    config = tiny_config(**parallel(tensor, sequence_parallel))
+    exact = isinstance(backend, ReferenceBackend)
+    others = [b for b in range(4) if b != CHANGED_SEQUENCE]
+    compare(ranks, config, kind, backend, "other sequence", keep=(slice(None), others), exact=exact)
+
+
+def model_before_and_after(config: RunConfig) -> tuple[Tensor, Tensor]:
+    """Hidden states [S, B, D] in fp64 for tokens and for tokens with one changed."""
+    groups = start(config)
+    model = build_model(config, groups, torch.float64, ReferenceBackend())
+    tokens = random_tokens(config)
+    changed = tokens.clone()
+    changed[:, CHANGED_POSITION] += 1
+    with torch.no_grad():
+        return model.hidden(tokens), model.hidden(changed)
+
+
+def test_the_whole_model_is_causal_to_the_last_bit(ranks: Ranks) -> None:
+    before, after = ranks(1).run(model_before_and_after, tiny_config())[0]
+    assert torch.equal(before[:CHANGED_POSITION], after[:CHANGED_POSITION])
+    assert not torch.equal(before[CHANGED_POSITION], after[CHANGED_POSITION])
+
+
+def decode(config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B, S, V] with tokens as the layout has them, replicated, and of an odd prefix."""
+    groups = start(config)
+    model = build_model(config, groups)
+    tokens = random_tokens(config)
+    with torch.no_grad():
+        sharded = model(tokens)
+    with model.replicated_tokens():
+        replicated, prefix = model(tokens), model(tokens[:, :5])
+    with torch.no_grad():
+        assert torch.equal(model(tokens), sharded), "the layout's own form must be back"
+    return sharded, replicated, prefix
+
+
+def test_decoding_replicates_tokens_and_gives_the_same_logits(ranks: Ranks) -> None:
+    config = tiny_config(**parallel(2, sequence_parallel=True))
+    first, second = ranks(2).run(decode, config)
+    for sharded, replicated, prefix in (first, second):
+        torch.testing.assert_close(replicated, sharded, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prefix, sharded[:, :5], rtol=1e-5, atol=1e-5)
+    # Ranks draw tokens from these: they must agree to the bit.
+    assert torch.equal(first[1], second[1])

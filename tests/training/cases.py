@@ -1,0 +1,98 @@
+"""What runs inside the rank processes for the engine's tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import starmap
+
+import torch
+from torch import Tensor
+
+from tests.model.cases import build_model, random_tokens, start
+from uoe_parallel.checkpoint import Piece
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.training.optimizer import parameter_groups, set_learning_rates
+from uoe_parallel.training.timers import StepTimer
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What steps reported, and what they left behind."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    pieces: list[Piece]
+
+
+def global_batch(config: RunConfig, step: int) -> MicroBatch:
+    """All sequences of a step, each with another number of tokens that count."""
+    tokens = random_tokens(config, seed=100 + step)
+    lengths = torch.tensor([16, 3, 9, 1]).roll(step).unsqueeze(1)
+    return MicroBatch(tokens, tokens.roll(-1, 1), torch.arange(tokens.shape[1]) < lengths)
+
+
+def run_engine(config: RunConfig) -> Outcome:
+    """STEPS optimizer steps under the config's layout."""
+    from uoe_parallel.training.engine import TrainingEngine
+    from uoe_parallel.training.state import capture
+
+    groups = start(config)
+    model = build_model(config, groups)
+    engine = TrainingEngine(model, config, groups, torch.device("cpu"))
+    timer = StepTimer(lambda: None)
+    results = []
+    for step in range(STEPS):
+        whole = global_batch(config, step)
+        micro = config.training.micro_batch_size
+        shares = zip(
+            *(t.split(micro) for t in (whole.tokens, whole.labels, whole.loss_mask)), strict=True
+        )
+        mine = list(starmap(MicroBatch, shares))[groups.data_rank :: groups.layout.data]
+        results.append(engine.step(mine, step, timer))
+    masters = config.training.precision == "bf16"
+    pieces = capture(engine.deepspeed, groups, masters=masters)
+    losses, norms, _ = zip(*results, strict=True)
+    return Outcome(list(losses), list(norms), pieces)
+
+
+def run_plainly(config: RunConfig) -> Outcome:
+    """The same steps on one rank with nothing but torch."""
+    training = config.training
+    model = build_model(config, start(config))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, training), betas=training.betas, eps=training.eps
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = global_batch(config, step)
+        set_learning_rates(optimizer, step, training)
+        token_losses = model(batch.tokens, batch.labels)
+        loss = token_losses[batch.loss_mask].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip = training.gradient_clipping
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    pieces = []
+    for name, param in model.named_parameters():
+        state = optimizer.state[param]
+        kinds = {"weight": param, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        pieces += [Piece.whole(f"{name}/{kind}", t.detach()) for kind, t in kinds.items()]
+    return Outcome(losses, norms, pieces)
+
+
+def assemble(outcomes: list[Outcome]) -> dict[str, Tensor]:
+    """The full tensors out of all ranks' pieces, random state left out."""
+    full: dict[str, Tensor] = {}
+    for outcome in outcomes:
+        for piece in outcome.pieces:
+            if piece.key.startswith("random/"):
+                continue
+            target = full.setdefault(piece.key, torch.full(piece.global_shape, torch.nan))
+            box = zip(piece.offsets, piece.tensor.shape, strict=True)
+            target[tuple(slice(o, o + n) for o, n in box)] = piece.tensor.float()
+    return full

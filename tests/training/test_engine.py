@@ -1,0 +1,74 @@
+"""DeepSpeed's steps under every ZeRO stage and layout are those of plain torch on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.harness import Ranks
+from tests.model.cases import relative_difference
+from tests.tiny import tiny_config
+from tests.training.cases import Outcome, assemble, run_engine, run_plainly
+
+LAYOUTS = [
+    pytest.param(world, tensor, sp, zero, id=f"{world} ranks, tp{tensor}, sp {sp}, zero{zero}")
+    for world, tensor, sp in [
+        (1, 1, False),
+        (2, 1, False),
+        (2, 2, True),
+        (2, 2, False),
+        (4, 2, True),
+        (4, 2, False),
+        (4, 4, True),
+    ]
+    for zero in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: Ranks) -> Outcome:
+    """What torch alone makes of the same steps."""
+    return ranks(1).run(run_plainly, tiny_config())[0]
+
+
+@pytest.mark.parametrize(("world", "tensor", "sequence_parallel", "zero_stage"), LAYOUTS)
+def test_steps_equal_plain_torch_on_one_rank(
+    ranks: Ranks,
+    plain: Outcome,
+    world: int,
+    tensor: int,
+    sequence_parallel: bool,
+    zero_stage: int,
+) -> None:
+    parallel = {
+        "tensor": tensor,
+        "sequence_parallel": sequence_parallel,
+        "zero_stage": zero_stage,
+    }
+    # One sequence each: one to four micro-batches a step.
+    config = tiny_config(parallel=parallel, training={"micro_batch_size": 1})
+    outcomes = ranks(world).run(run_engine, config)
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(plain.losses, rel=2e-5)
+        assert outcome.gradient_norms == pytest.approx(plain.gradient_norms, rel=2e-5)
+    worst, name = relative_difference(assemble(outcomes), assemble([plain]), eps=1e-3)
+    assert worst < 2e-4, name
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_bf16_follows_fp32_and_keeps_fp32_masters(ranks: Ranks, zero_stage: int) -> None:
+    # Everything on, so that no near-tie of scores can send a token elsewhere.
+    every: dict[str, Any] = {"feed_forward": {"top_k": 8}, "attention": {"top_k": 4}}
+    expected = ranks(1).run(run_plainly, tiny_config(**every))[0]
+    config = tiny_config(
+        **every, parallel={"zero_stage": zero_stage}, training={"precision": "bf16"}
+    )
+    outcomes = ranks(2).run(run_engine, config)
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(expected.losses, rel=0.02)
+        assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=0.05)
+    full = assemble(outcomes)
+    masters = {key: t for key, t in full.items() if key.endswith("/master")}
+    assert len(masters) * 4 == len(full)
+    assert any((t != t.bfloat16()).any() for t in masters.values()), "masters must be fp32"

@@ -1,0 +1,246 @@
+"""A run that was interrupted goes on as if it had not been, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.harness import Ranks
+from tests.programs import call_program, metrics, only_complaint, write_run
+from uoe_parallel.checkpoint import find_checkpoint
+from uoe_parallel.config.load import load_config
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.parallel.groups import distributed, start_groups
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.training.console import TrainingConsole
+from uoe_parallel.training.metrics import Values
+from uoe_parallel.training.trainer import Trainer
+
+
+class _Crash(Exception):
+    """The end of the program in the middle of the loop."""
+
+
+class Step(NamedTuple):
+    """What a rank saw of a step."""
+
+    loss: float
+    gradient_norm: float
+    random: float
+    """A number drawn after the step, from a stream that differs between ranks."""
+
+
+class Life(NamedTuple):
+    """What a rank saw of one call of the program."""
+
+    steps: dict[int, Step]
+    validation: float | None
+    err: str
+
+
+class _Witness(TrainingConsole):
+    def __init__(self, crash_after: int | None) -> None:
+        super().__init__(quiet=True)
+        self.steps: dict[int, Step] = {}
+        self._crash_after = crash_after
+
+    def report(self, step: int, values: Values) -> None:
+        super().report(step, values)
+        loss, norm = values["loss"], values["gradient_norm"]
+        assert isinstance(loss, float) and isinstance(norm, float)
+        # Training itself draws nothing at present; the drawn amount tells ranks apart.
+        draws = torch.rand(dist.get_rank() + 1)
+        self.steps[step] = Step(loss, norm, draws[-1].item())
+        if step == self._crash_after:
+            raise _Crash
+
+
+def _live(config: RunConfig, crash_after: int | None = None) -> Life:
+    """On every rank: train to the last step, or until right after step `crash_after`."""
+    err, console = io.StringIO(), _Witness(crash_after)
+    with redirect_stderr(err), distributed() as device:
+        groups = start_groups(ParallelLayout.from_config(config.parallel, dist.get_world_size()))
+        trainer = Trainer(config, groups, device, console)
+        try:
+            trainer.train()
+        except _Crash:
+            return Life(console.steps, None, err.getvalue())
+        return Life(console.steps, trainer.evaluate("validation"), err.getvalue())
+
+
+def _config(folder: Path, **sections: Any) -> RunConfig:
+    return load_config(write_run(folder, **sections))
+
+
+def _tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint, which is of `step`."""
+    reader = find_checkpoint(run_dir / "checkpoints", None)
+    assert reader is not None and reader.step == step
+    return {key: reader.read(key) for key in reader.keys()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("precision", "tensor", "world_size"), [("fp32", 2, 4), ("bf16", 1, 2)])
+def test_resumed_run_equals_the_run_that_never_stopped(
+    ranks: Ranks, tmp_path: Path, precision: str, tensor: int, world_size: int, zero_stage: int
+) -> None:
+    steps = 6
+    sections = {
+        "parallel": {"tensor": tensor, "zero_stage": zero_stage},
+        "training": {"steps": steps, "precision": precision, "warmup_steps": 2},
+    }
+    if precision == "bf16":  # slow on a CPU
+        sections["model"] = {"num_layers": 1, "sequence_length": 8}
+    straight = _config(tmp_path / "straight", **sections)
+    # Both crash one step later than their newest checkpoint.
+    broken = _config(tmp_path / "broken", **sections, checkpoint={"every": 3})
+    expected = ranks(world_size).run(_live, straight)
+    before = ranks(world_size).run(_live, broken, crash_after=4)
+    after = ranks(world_size).run(_live, broken)
+
+    for whole, first, rest in zip(expected, before, after, strict=True):
+        assert list(whole.steps) == [1, 2, 3, 4, 5, 6]
+        assert (list(first.steps), list(rest.steps)) == ([1, 2, 3, 4], [4, 5, 6])
+        assert {**first.steps, **rest.steps} == whole.steps
+        assert rest.validation == whole.validation
+    assert len({life.steps[6].random for life in after}) == world_size
+    tensors, resumed = (_tensors(Path(c.run_dir), steps) for c in (straight, broken))
+    assert tensors.keys() == resumed.keys()
+    assert any(key.endswith("/master") for key in tensors) == (precision == "bf16")
+    for key, tensor_before in tensors.items():
+        assert tensor_before.dtype == resumed[key].dtype
+        assert torch.equal(tensor_before, resumed[key]), key
+        # A moment that is zero to the end was never given to anybody.
+        assert not key.endswith(("/exp_avg", "/exp_avg_sq")) or tensor_before.any(), key
+    # Step 4 was taken twice and is recorded once.
+    assert [record["step"] for record in metrics(Path(broken.run_dir))] == [1, 2, 3, 4, 5, 6]
+    assert [record["loss"] for record in metrics(Path(broken.run_dir))] == [
+        step.loss for step in expected[0].steps.values()
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The YAML of a finished run at tensor parallel 2, with checkpoints of steps 1 and 2, and its
+    validation loss. Tests must not write to its folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    path = write_run(
+        folder,
+        parallel={"tensor": 2},
+        training={"steps": 2},
+        checkpoint={"every": 1, "keep": 2},
+    )
+    life, _ = ranks(2).run(_live, load_config(path))
+    assert life.validation is not None
+    return path, life.validation
+
+
+def _copy(saved: tuple[Path, float], target: Path) -> str:
+    """The override that names a copy of the saved run's folder."""
+    shutil.copytree(saved[0].parent / "run", target)
+    return f"run_dir={target}"
+
+
+@pytest.mark.parametrize("victim", ["rank-00001.safetensors", "manifest.json"])
+def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, victim: str
+) -> None:
+    config = load_config(saved[0], [_copy(saved, tmp_path / "run")])
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000002" / victim
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    first, second = ranks(2).run(_live, config)
+
+    for word in ("damaged", "step-00000002", victim):
+        assert word in first.err
+    assert second.err == ""
+    assert list(first.steps) == list(second.steps) == [2]
+    assert first.validation == saved[1]
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_no_whole_checkpoint_is_refused_instead_of_starting_over(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
+) -> None:
+    override = _copy(saved, tmp_path / "run")
+    records = metrics(tmp_path / "run")
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-100])
+    message = only_complaint(ranks(2).run(call_program, "--config", saved[0], override))
+
+    for word in ("step-00000001", "step-00000002", str(tmp_path / "run" / "checkpoints")):
+        assert word in message
+    assert metrics(tmp_path / "run") == records
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_size=48", ["model", "hidden_size", "32", "48"]),
+        ("model.bias=false", ["model", "bias"]),
+        ("seed=8", ["seed", "7", "8"]),
+        ("training.global_batch_size=8", ["training.global_batch_size", "4", "8"]),
+        ("training.precision=bf16", ["training.precision", "fp32", "bf16"]),
+        ("feed_forward.num_experts=4", ["feed_forward.num_experts", "8", "4"]),
+        ("feed_forward.routed_layers=[0]", ["feed_forward.routed_layers", "all", "[0]"]),
+        ("attention.routed_layers=none", ["attention.routed_layers", "all", "none"]),
+    ],
+)
+def test_other_run_is_refused_by_name(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, override: str, named: list[str]
+) -> None:
+    arguments = ("--config", saved[0], _copy(saved, tmp_path / "run"), override)
+    files = _files(tmp_path)
+    message = only_complaint(ranks(2).run(call_program, *arguments, "training.steps=4"))
+
+    for word in ("step-00000002", "run_dir", "checkpoint.resume=false", *named):
+        assert word in message
+    assert _files(tmp_path) == files
+
+
+def test_data_of_another_corpus_is_refused_by_name(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
+) -> None:
+    override = _copy(saved, tmp_path / "run")
+    other = f"data.train={saved[0].parent / 'validation'}"
+    message = only_complaint(ranks(2).run(call_program, "--config", saved[0], override, other))
+    assert "data" in message and str(saved[0].parent / "validation") in message
+
+
+def test_without_resume_the_run_starts_over(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
+) -> None:
+    overrides = [_copy(saved, tmp_path / "run"), "checkpoint.resume=false", "seed=8"]
+    life, _ = ranks(2).run(_live, load_config(saved[0], overrides))
+    assert list(life.steps) == [1, 2]
+    assert [record["loss"] for record in metrics(tmp_path / "run")] == [
+        step.loss for step in life.steps.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "zero_stage"), [(1, 1, 1), (2, 1, 3), (4, 4, 0)]
+)
+def test_checkpoint_loads_under_another_layout(
+    ranks: Ranks,
+    saved: tuple[Path, float],
+    tmp_path: Path,
+    world_size: int,
+    tensor: int,
+    zero_stage: int,
+) -> None:
+    layout = [f"parallel.tensor={tensor}", f"parallel.zero_stage={zero_stage}"]
+    config = load_config(saved[0], [_copy(saved, tmp_path / "run"), *layout])
+    for life in ranks(world_size).run(_live, config):
+        assert life.steps == {}
+        assert life.validation == pytest.approx(saved[1], rel=1e-5)
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
