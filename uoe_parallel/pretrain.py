@@ -6,9 +6,11 @@ Start it with torchrun, the deepspeed launcher or mpirun for several ranks, or a
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
 
 if TYPE_CHECKING:
     from uoe_parallel.training.console import TrainingConsole
-    from uoe_parallel.training.trainer import Trainer
+    from uoe_parallel.training.trainer import RunSummary, Trainer
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -53,6 +55,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="build everything, take one step, report and exit; writes nothing",
     )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -62,11 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = rank_from_environment()
     try:
         world_size = world_size_from_environment()
-        config = load_config(
-            options.config,
-            options.overrides,
-            checks=[lambda checked: layout_faults(checked, world_size)],
-        )
+        # A config can be looked at anywhere, and run only on the ranks that it asks for.
+        checks = [] if options.print_config else [partial(layout_faults, world_size=world_size)]
+        config = load_config(options.config, options.overrides, checks)
         if options.print_config:
             if rank == 0:
                 print(format_config(config), end="")
@@ -94,9 +96,7 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
             _dry_run(trainer, console)
             return
         trainer.train()
-        losses = {split: trainer.evaluate(split) for split in ("validation", "test")}
-        text = trainer.sample_text()
-        _conclude(config, options, losses, text, layout, console)
+        _conclude(config, options, trainer.finish(), console)
 
 
 def _introduce(
@@ -145,29 +145,39 @@ def _dry_run(trainer: Trainer, console: TrainingConsole) -> None:
 
 
 def _conclude(
-    config: RunConfig,
-    options: argparse.Namespace,
-    losses: dict[str, float | None],
-    text: str,
-    layout: ParallelLayout,
-    console: TrainingConsole,
+    config: RunConfig, options: argparse.Namespace, summary: RunSummary, console: TrainingConsole
 ) -> None:
     from uoe_parallel.training.metrics import bits_per_byte
 
-    console.say("\nSampled from the model:\n" + text.rstrip() + "\n")
-    rows = [
+    console.say(f"\nSampled from the model:\n{summary.text.rstrip()}\n")
+    losses = [
         (split, f"{loss:.4f} nats/token = {bits_per_byte(loss):.4f} bits/byte")
-        for split, loss in losses.items()
-        if loss is not None
+        for split, loss in summary.losses.items()
     ]
-    start = f"torchrun --standalone --nproc-per-node {layout.world_size} -m uoe_parallel.pretrain"
+    files = f"{config.run_dir}: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"
+    console.table("Finished", [*losses, ("files", files)])
+    console.say(f"To go on from here: {_resume_command(options, 2 * config.training.steps)}")
+
+
+def _resume_command(options: argparse.Namespace, steps: int) -> str:
+    """What continues a finished run; an interrupted one continues with its own command."""
     kept = [item for item in options.overrides if not item.startswith("training.steps=")]
-    command = [start, "--config", shlex.quote(str(options.config)), *map(shlex.quote, kept)]
-    rows += [
-        ("files", f"{config.run_dir}: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"),
-        ("resume", " ".join([*command, f"training.steps={2 * config.training.steps}"])),
-    ]
-    console.table("Finished", rows)
+    program = ["-m", "uoe_parallel.pretrain", "--config", str(options.config), *kept]
+    ranks, local_ranks = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks == "1":
+        start = [_shown(sys.executable)]
+    elif "TORCHELASTIC_RUN_ID" in os.environ and ranks == local_ranks:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        start = [_shown(torchrun), "--standalone", "--nproc-per-node", ranks]
+    else:
+        return f"the same launch again with training.steps={steps}"
+    return shlex.join([*start, *program, f"training.steps={steps}"])
+
+
+def _shown(path: str | Path) -> str:
+    """Relative to the working folder where that is shorter."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

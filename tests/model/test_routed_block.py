@@ -72,8 +72,9 @@ def blocks_before_and_after(
 
 
 def _routing_and_output(block: RoutedBlock, x: Tensor) -> tuple[Routing, Tensor]:
-    routing = block.router(block._scores(x))
-    return Routing(routing.mask_SBE, routing.gates_SBE.detach()), block(x).detach()
+    with torch.no_grad():
+        scores = block._scores(x)
+        return Routing(block._select(scores), block.router.gate(scores)), block(x)
 
 
 def compare(
@@ -124,6 +125,45 @@ def test_another_sequence_of_the_batch_changes_nothing(
     exact = isinstance(backend, ReferenceBackend)
     others = [b for b in range(4) if b != CHANGED_SEQUENCE]
     compare(ranks, config, kind, backend, "other sequence", keep=(slice(None), others), exact=exact)
+
+
+class BestOfSequence:
+    """Each expert takes its best quarter of a sequence: a rule that needs the whole of it."""
+
+    per_token = False
+
+    def __call__(self, scores_SBE: Tensor) -> Tensor:
+        length = scores_SBE.shape[0]
+        best = scores_SBE.topk(length // 4, dim=0).indices
+        return torch.zeros_like(scores_SBE, dtype=torch.bool).scatter_(0, best, True)
+
+
+def output_with_whole_sequence_rule(config: RunConfig, kind: str) -> tuple[Tensor, int]:
+    """This rank's part of a block's output, and how many pairs were routed."""
+    groups = start(config)
+    block = build_model(config, groups, torch.float64).routed_blocks()[f"layers.1.{kind}"]
+    block.router.select = BestOfSequence()
+    shape = (config.model.sequence_length, 4, config.model.hidden_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    output = block(own_shard(x, groups)).detach()
+    return output, int(block.statistics.counts_E.sum())
+
+
+@pytest.mark.parametrize("kind", ["feed_forward", "attention"])
+def test_rules_that_need_a_whole_sequence_see_it_under_every_layout(
+    ranks: Ranks, kind: str
+) -> None:
+    expected, pairs = ranks(1).run(output_with_whole_sequence_rule, tiny_config(), kind)[0]
+    for tensor in (2, 4):
+        config = tiny_config(**parallel(tensor, sequence_parallel=True))
+        shards = ranks(tensor).run(output_with_whole_sequence_rule, config, kind)
+        whole = torch.cat([shard for shard, _ in shards])
+        torch.testing.assert_close(whole, expected, rtol=1e-11, atol=1e-12)
+        assert sum(count for _, count in shards) == pairs
+        config = tiny_config(**parallel(tensor, sequence_parallel=False))
+        for whole, count in ranks(tensor).run(output_with_whole_sequence_rule, config, kind):
+            torch.testing.assert_close(whole, expected, rtol=1e-11, atol=1e-12)
+            assert count == pairs
 
 
 def model_before_and_after(config: RunConfig) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.parallel import comm
 from uoe_parallel.routing.balance import load_balance_loss, z_loss
-from uoe_parallel.routing.router import Router
+from uoe_parallel.routing.router import Router, Routing
 from uoe_parallel.routing.statistics import RoutingStatistics
 
 
@@ -104,7 +104,7 @@ class RoutedBlock(DenseBlock):
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor group."""
         scores_SBE = self._scores(x_SBD)
-        routing = self.router(scores_SBE)
+        routing = Routing(self._select(scores_SBE), self.router.gate(scores_SBE))
         run = run_sharded if self.sequence_parallel else run_replicated
         y_SBD = self.add_bias(run(x_SBD, routing, self.experts, self.group))
         if not torch.is_grad_enabled():
@@ -117,6 +117,15 @@ class RoutedBlock(DenseBlock):
         if self.sequence_parallel:
             weight = comm.sum_gradient(weight, self.group)
         return F.linear(x_SBD.to(precise), weight.to(precise))
+
+    @torch.no_grad()
+    def _select(self, scores_SBE: Tensor) -> Tensor:
+        """The mask of this rank's tokens, chosen from whole sequences where the rule needs them."""
+        select = self.router.select
+        if select.per_token or not self.sequence_parallel:
+            return select(scores_SBE)
+        whole_SBE = comm.gather_shards(scores_SBE, 0, self.group)
+        return select(whole_SBE).chunk(self.group.size())[self.group.rank()]
 
     def _losses(self, scores_SBE: Tensor, mask_SBE: Tensor) -> Tensor:
         """This rank's share of the weighted balance losses of the step; counts statistics."""

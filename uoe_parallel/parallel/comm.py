@@ -28,14 +28,6 @@ def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
     return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
 
 
-def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[S/P, ...] shards to [S, ...] on every rank, which all go on to compute the same: the
-    gradient of the own shard is kept, not summed."""
-    return mappings.gather_from_sequence_parallel_region(
-        x, tensor_parallel_output_grad=False, group=group
-    )
-
-
 def gather_last_dim(x: Tensor, group: ProcessGroup) -> Tensor:
     """[..., V/P] shards to [..., V] on every rank; for decoding, not differentiated through."""
     return mappings.gather_from_tensor_model_parallel_region(x, group=group)

@@ -6,6 +6,7 @@ leaves the dense block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,4 +37,5 @@ class SoftmaxGate:
         return exp / exp.mean(-1, keepdim=True)
 
 
-GATES: dict[str, type[Gate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate}
+GATES: dict[str, Callable[[], Gate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate}
+"""By the name in the config."""

@@ -1,4 +1,4 @@
-"""Scores to a routing: the selection rule and the gate, chosen by name."""
+"""A block's routing decision and the rules that make it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.routing.gates import GATES
-from uoe_parallel.routing.selection import SELECTIONS
+from uoe_parallel.routing.gates import GATES, Gate
+from uoe_parallel.routing.selection import SELECTIONS, Selection
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,8 @@ class Routing:
 
 
 class Router:
-    """The rules of one block. It knows scores only: no groups, no tokens, no experts."""
+    """The rules of one block, by their names. They know scores only: no groups, no experts."""
 
     def __init__(self, config: RoutingConfig) -> None:
-        self.select = SELECTIONS[config.selection](config.top_k)
-        self.gate = GATES[config.gate]()
-
-    def __call__(self, scores_SBE: Tensor) -> Routing:
-        """scores_SBE: fp32 (or fp64) [S, B, E]."""
-        return Routing(self.select(scores_SBE.detach()), self.gate(scores_SBE))
+        self.select: Selection = SELECTIONS[config.selection](config)
+        self.gate: Gate = GATES[config.gate]()

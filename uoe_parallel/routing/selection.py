@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from uoe_parallel.config.schema import RoutingConfig
 
 
 class Selection(Protocol):
@@ -25,8 +28,8 @@ class TopK:
 
     per_token = True
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, config: RoutingConfig) -> None:
+        self.k = config.top_k
 
     def __call__(self, scores_SBE: Tensor) -> Tensor:
         # torch.topk breaks ties as it likes; a stable sort keeps the lowest index first.
@@ -34,4 +37,5 @@ class TopK:
         return torch.zeros_like(scores_SBE, dtype=torch.bool).scatter_(-1, best, True)
 
 
-SELECTIONS: dict[str, type[TopK]] = {"top_k": TopK}
+SELECTIONS: dict[str, Callable[[RoutingConfig], Selection]] = {"top_k": TopK}
+"""By the name in the config."""

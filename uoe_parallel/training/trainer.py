@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,6 +39,20 @@ from uoe_parallel.training.timers import StepTimer
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run ends with."""
+
+    losses: dict[Split, float]
+    """Nats per token of each split that the config has data for."""
+    text: str
+    """Sampled from the model."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         length = config.model.sequence_length
-        evaluated = {"validation": config.data.validation, "test": config.data.test}
+        evaluated: dict[Split, str | None] = {
+            "validation": config.data.validation,
+            "test": config.data.test,
+        }
         with shared_fate("the corpora cannot be read", "See to the named file", groups.world):
             self.train_data = TokenWindows(config.data.train, length)
-            self.evaluation_data = {
+            self.evaluation_data: dict[Split, TokenWindows] = {
                 split: TokenWindows(prefix, length)
                 for split, prefix in evaluated.items()
                 if prefix is not None
@@ -91,7 +109,7 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.sequence_length
 
     def train(self) -> None:
-        """Train to the last step, resuming if the run folder allows it; then test and sample."""
+        """Train to the last step, from the newest checkpoint of the run folder if there is one."""
         self._open_run()
         training, steps = self.config.training, self.config.training.steps
         with self.console.progress(steps, start=self.step):
@@ -100,12 +118,18 @@ class Trainer:
                 last = self.step == steps
                 if last or self.step % self.config.logging.every == 0:
                     self._report(result)
-                if last or _is_due(self.step, training.validate_every):
+                if not last and _is_due(self.step, training.validate_every):
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
+
+    def finish(self) -> RunSummary:
+        """The last validation and test, and a sample. Collective over all ranks."""
+        losses: dict[Split, float] = {split: self.evaluate(split) for split in self.evaluation_data}
+        text = self.sample_text()
         if self.metrics is not None:
             self.metrics.close()
+        return RunSummary(losses, text)
 
     def train_step(self) -> StepResult:
         """Take one optimizer step; `step` counts it.
@@ -138,11 +162,9 @@ class Trainer:
         self.step += 1
         return result
 
-    def evaluate(self, split: str) -> float | None:
-        """Nats per token on `split`, reported; None if the run has no such data."""
-        dataset = self.evaluation_data.get(split)
-        if dataset is None:
-            return None
+    def evaluate(self, split: Split) -> float:
+        """Nats per token on a split that the config has data for, reported."""
+        dataset = self.evaluation_data[split]
         batches = list(
             evaluation_batches(
                 dataset,
@@ -156,7 +178,7 @@ class Trainer:
         loss = self.engine.evaluate(batches)
         values = {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
         if self.metrics is not None:
-            self.metrics.write(self.step, "test" if split == "test" else "validation", values)
+            self.metrics.write(self.step, split, values)
         self.console.say(
             f"{split}: loss {loss:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte "
             f"after step {self.step}"
@@ -177,7 +199,9 @@ class Trainer:
                 device=self.device.torch_device,
             )
         self.engine.deepspeed.train()
-        return SAMPLE_PROMPT + self.tokenizer.decode(ids)
+        text = SAMPLE_PROMPT + self.tokenizer.decode(ids)
+        # A terminal must not obey what a young model says.
+        return "".join(c if c.isprintable() or c == "\n" else REPLACEMENT for c in text)
 
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective over all ranks."""
@@ -230,6 +254,14 @@ class Trainer:
             "feed_forward.num_experts": (
                 saved.feed_forward.num_experts,
                 self.config.feed_forward.num_experts,
+            ),
+            "feed_forward.routed_layers": (
+                saved.feed_forward.routed_layers,
+                self.config.feed_forward.routed_layers,
+            ),
+            "attention.routed_layers": (
+                saved.attention.routed_layers,
+                self.config.attention.routed_layers,
             ),
             "seed": (saved.seed, self.config.seed),
             "data": (saved.data, self.config.data),
