@@ -111,7 +111,7 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
     [
         ("model.bias=yes", 'model.bias = "yes" is not true or false; write true'),
         ("model.bias='false'", 'model.bias = "false" is not true or false; write false'),
-        ("checkpoint.resume=1", "checkpoint.resume = 1 is not true or false; write true"),
+        ("logging.tensorboard=1", "logging.tensorboard = 1 is not true or false; write true"),
         ("seed='3'", 'seed = "3" is not an integer of at least 0; write 3'),
         ("seed=3.0", "seed = 3.0 is not an integer of at least 0; write 3"),
         ("seed=-3", "seed = -3 is not an integer of at least 0; give an integer of at least 0"),

@@ -36,10 +36,10 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_lines_are_json_records(tmp_path: Path) -> None:
     metrics = MetricsWriter(tmp_path / "new" / "run", tensorboard=False)
-    metrics.write(10, "train", {"loss": 2.5, "load": [1.0, math.nan]})
+    metrics.write(10, "train", {"loss": 2.5, "load/a": math.nan})
     metrics.write(10, "validation", {"loss": math.nan, "scale": math.inf})
     assert records(tmp_path / "new" / "run") == [
-        {"step": 10, "kind": "train", "loss": 2.5, "load": [1.0, None]},
+        {"step": 10, "kind": "train", "loss": 2.5, "load/a": None},
         {"step": 10, "kind": "validation", "loss": None, "scale": None},
     ]
     assert not (tmp_path / "new" / "run" / "tensorboard").exists()
@@ -101,7 +101,7 @@ def test_tensorboard_reads_the_events_and_hides_those_of_steps_taken_again(
     metrics = MetricsWriter(tmp_path, tensorboard=True)
     metrics.truncate_after(-1)
     for step in (0, 1, 2, 3):
-        metrics.write(step, "train", {"loss": 8.0, "load": [1.0, 2.0]})
+        metrics.write(step, "train", {"loss": 8.0, "load/a": 1.0})
     metrics.write(3, "validation", {"loss": 4.0})
     assert scalars(tmp_path)["train/loss"] == [(s, 8.0) for s in range(4)], "readable while open"
     metrics.close()
@@ -112,8 +112,7 @@ def test_tensorboard_reads_the_events_and_hides_those_of_steps_taken_again(
     metrics.close()
     assert scalars(tmp_path) == {
         "train/loss": [(0, 8.0), (1, 8.0), (2, 0.5)],
-        "train/load/0": [(0, 1.0), (1, 1.0)],
-        "train/load/1": [(0, 2.0), (1, 2.0)],
+        "train/load/a": [(0, 1.0), (1, 1.0)],
         "validation/loss": [],
     }
 

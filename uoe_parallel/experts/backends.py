@@ -110,26 +110,27 @@ class ReferenceBackend:
     depend on a later row or on another sequence. For tests: slow, plain, exact.
     """
 
+    # Both begin with a block of no rows that hangs on every input: a rank without a row must
+    # still meet the others in the exchanges of the backward pass.
+
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
-        return torch.cat(rows) if rows else x_NK.new_zeros(0, w_EKM.shape[2])
+        return torch.cat([x_NK[:0] @ w_EKM.sum(0), *rows])
 
     def causal_attention(
         self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
     ) -> Tensor:
-        out = []
+        rows = [q_NHd[:0] * (k_Nd[:0] + v_Nd[:0]).unsqueeze(1)]
         start = 0
         for length in run_lengths_G.tolist():
             for i in range(start, start + length):
-                scores = (
-                    torch.stack([(k_Nd[start : i + 1] * q).sum(-1) for q in q_NHd[i]])
-                    * q_NHd.shape[-1] ** -0.5
-                )
-                weights_HK = scores.softmax(-1)
-                out.append((weights_HK.unsqueeze(-1) * v_Nd[start : i + 1]).sum(1))
+                k_Kd, v_Kd = k_Nd[start : i + 1], v_Nd[start : i + 1]
+                scores_HK = torch.stack([(k_Kd * q_d).sum(-1) for q_d in q_NHd[i]])
+                weights_HK = (scores_HK * q_NHd.shape[-1] ** -0.5).softmax(-1)
+                rows.append((weights_HK.unsqueeze(-1) * v_Kd).sum(1, keepdim=True).transpose(0, 1))
             start += length
-        return torch.stack(out) if out else torch.zeros_like(q_NHd)
+        return torch.cat(rows)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:

@@ -49,8 +49,9 @@ def exchange_counts(counts_P: Tensor, group: ProcessGroup) -> Tensor:
 
     counts_P: [P, ...] int64, not differentiable.
     """
+    counts_P = counts_P.contiguous()
     received = torch.empty_like(counts_P)
-    dist.all_to_all_single(received, counts_P.contiguous(), group=group)
+    dist.all_to_all_single(received, counts_P, group=group)
     return received
 
 
@@ -74,6 +75,7 @@ def max_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
 
 def gather_shards(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The full tensor whose equal shards along `dim` lie over `group`. Not differentiable."""
+    shard = shard.detach().contiguous()
     shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.detach().contiguous(), group=group)
+    dist.all_gather(shards, shard, group=group)
     return torch.cat(shards, dim)

@@ -110,8 +110,7 @@ class TrainingConsole:
         """Show `values` after `step` finished steps, inside `progress`.
 
         Known names are loss, bits_per_byte, gradient_norm, learning_rate, tokens_per_second and
-        load_max_over_mean. Those missing are left out, other names are not shown; a list (one
-        entry per layer) is shown as its largest entry.
+        load_max_over_mean. Those missing are left out, other names are not shown.
         """
         assert self._seen, "report() belongs inside progress()"
         eta = self._eta(step)
@@ -136,12 +135,8 @@ class TrainingConsole:
 
 
 def _cells(values: Values, columns: Iterable[_Column]) -> list[str]:
-    cells: list[str] = []
-    for column in columns:
-        value = values.get(column.name, [])
-        if isinstance(value, list):
-            if not value:
-                continue
-            value = max(value)
-        cells.append(f"{column.label} {value:{column.format}}")
-    return cells
+    return [
+        f"{column.label} {values[column.name]:{column.format}}"
+        for column in columns
+        if column.name in values
+    ]

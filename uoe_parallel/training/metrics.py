@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 Kind = Literal["train", "validation", "test", "event"]
-Values = Mapping[str, float | list[float]]
+Values = Mapping[str, float]
 
 
 class MetricsWriter:
@@ -52,11 +52,14 @@ class MetricsWriter:
         """Append `values` at optimizer step `step`.
 
         The line is {"step": step, "kind": kind, **values}; NaN and infinities, which JSON lacks,
-        become null. TensorBoard has the scalar "<kind>/<name>", and "<kind>/<name>/<index>" for
-        each entry of a list.
+        become null. TensorBoard has the scalar "<kind>/<name>".
         """
         assert not {"step", "kind"} & values.keys()
-        record = {"step": step, "kind": kind, **{n: _json_value(v) for n, v in values.items()}}
+        record = {
+            "step": step,
+            "kind": kind,
+            **{n: v if math.isfinite(v) else None for n, v in values.items()},
+        }
         # Opened anew each time: reports are rare, and no open handle can outlive a rewrite.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -77,11 +80,7 @@ class MetricsWriter:
             self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
             self._purge_step = None
         for name, value in values.items():
-            if isinstance(value, list):
-                for index, entry in enumerate(value):
-                    self._events.add_scalar(f"{kind}/{name}/{index}", entry, step)
-            else:
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.add_scalar(f"{kind}/{name}", value, step)
         self._events.flush()
 
     def _keep_lines(self, last_step: float) -> None:
@@ -125,12 +124,6 @@ def load_statistics(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
         return max_over_mean_L, torch.ones_like(max_over_mean_L)
     entropy_L = torch.special.entr(share_LN).sum(-1) / math.log(num_experts)
     return max_over_mean_L, entropy_L.clamp(max=1.0)  # rounding may pass 1 by an ulp
-
-
-def _json_value(value: float | list[float]) -> float | list[float | None] | None:
-    if isinstance(value, list):
-        return [entry if math.isfinite(entry) else None for entry in value]
-    return value if math.isfinite(value) else None
 
 
 def _lines_up_to(last_step: float, lines: Iterable[bytes]) -> Iterable[bytes]:

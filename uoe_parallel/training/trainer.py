@@ -134,8 +134,8 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Take one optimizer step; `step` counts it.
 
-        Raises UserError on every rank, before the weights change, for a token beyond the
-        vocabulary or a loss that is not finite.
+        Raises UserError on every rank for a token beyond the vocabulary and for a loss or a
+        gradient that is not finite.
         """
         training = self.config.training
         with self.timer.step(parts=not self.device.is_cuda or self._logs_next_step()):
@@ -152,13 +152,7 @@ class Trainer:
                 self._check_tokens(batches, self.config.data.train)
                 batches = [batch.to(self.device.torch_device) for batch in batches]
             result = StepResult(*self.engine.step(batches, self.step, self.timer))
-        if not math.isfinite(result.loss):
-            raise UserError(
-                f"the loss of step {self.step + 1} is {result.loss}: training stopped before it "
-                "could reach the weights. Checkpoints in the run folder are untouched; lower "
-                f"training.learning_rate ({training.learning_rate}) or raise "
-                "training.warmup_steps, and start again to continue from the newest checkpoint"
-            )
+        self._check_finite(result)
         self.step += 1
         return result
 
@@ -290,6 +284,18 @@ class Trainer:
                 f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
                 "tokenizer or name the one it was made with"
             )
+
+    def _check_finite(self, result: StepResult) -> None:
+        """End the run before a loss or a gradient that is not finite can reach a checkpoint."""
+        for name, value in (("loss", result.loss), ("gradient norm", result.gradient_norm)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} of step {self.step + 1} is {value}, and training stopped. "
+                    "Checkpoints in the run folder are untouched: lower training.learning_rate "
+                    f"({self.config.training.learning_rate}) or raise training.warmup_steps "
+                    f"({self.config.training.warmup_steps}), and start again to continue from "
+                    "the newest one"
+                )
 
     def _report(self, result: StepResult) -> None:
         seconds = self.timer.take()

@@ -1,0 +1,330 @@
+"""Routed blocks over ranks: right, each pair computed once, each row sent once, whatever the
+routing. Rank functions take whole batches of problems, so that a property is one call."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.harness import Ranks
+from tests.unions import (
+    AttentionSpec,
+    MLPSpec,
+    Outcome,
+    Problem,
+    Spec,
+    assert_equal_to,
+    expected_routed,
+    layout_id,
+    local,
+    run_routed,
+    start,
+)
+from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.routing.router import Routing
+
+LAYOUTS = [
+    ParallelLayout(world, tensor, sequence_parallel=sharded, zero_stage=0)
+    for world, tensor in [(1, 1), (2, 2), (4, 4), (4, 2)]
+    for sharded in (False, True)
+    if tensor > 1 or not sharded
+]
+SHARDED = [layout for layout in LAYOUTS if layout.tensor > 1 and layout.sequence_parallel]
+REPLICATED = [layout for layout in LAYOUTS if layout.tensor > 1 and not layout.sequence_parallel]
+
+SPECS: list[Spec] = [
+    MLPSpec(activation="gelu", num_experts=4),
+    MLPSpec(activation="swiglu", num_experts=8, bias=False),
+    AttentionSpec(num_experts=4),
+    AttentionSpec(num_experts=4, queries_per_expert=2, bias=False, head_width=2),
+]
+TOKENS_AND_EXPERTS = {
+    "half of the pairs": ((1.0,) * 4, (0.5,) * 4),
+    "all pairs": ((1.0,) * 4, (1.0,) * 4),
+    "no token routed": ((0.0,) * 4, (1.0,) * 4),
+    "all tokens to one expert": ((1.0,) * 4, (0.0, 0.0, 1.0, 0.0)),
+    "last rank's experts get nothing": ((1.0,) * 4, (0.5, 0.5, 0.0, 0.0)),
+    "first ranks send nothing": ((0.0, 0.0, 1.0, 1.0), (0.5,) * 4),
+    "last rank sends nothing, first receives nothing": ((1.0, 0.5, 0.0, 0.0), (0.0, 0.0, 0.5, 1.0)),
+    "skewed": ((1.0, 0.3, 0.1, 0.05), (1.0, 0.1, 0.1, 0.05)),
+}
+
+
+def _problem(spec: Spec, case: str, seed: int) -> Problem:
+    stretches, experts = TOKENS_AND_EXPERTS[case]
+    per_expert = spec.num_experts // len(experts)
+    densities = tuple(density for density in experts for _ in range(per_expert))
+    return Problem(spec, 8, 2, stretches, densities, seed)
+
+
+NAMED = [
+    _problem(spec, case, seed) for seed, spec in enumerate(SPECS) for case in TOKENS_AND_EXPERTS
+]
+NAMED_MLP = [problem for problem in NAMED if isinstance(problem.spec, MLPSpec)]
+
+
+@st.composite
+def problems(draw: st.DrawFn, ranks: int) -> Problem:
+    densities = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+    num_experts = ranks * draw(st.integers(1, 3))
+    spec = draw(
+        st.one_of(
+            st.builds(
+                MLPSpec,
+                num_experts=st.just(num_experts),
+                activation=st.sampled_from(["gelu", "swiglu"]),
+                bias=st.booleans(),
+                hidden_size=st.integers(1, 5),
+                expert_width=st.integers(1, 5),
+            ),
+            st.builds(
+                AttentionSpec,
+                num_experts=st.just(num_experts),
+                queries_per_expert=st.integers(1, 2),
+                bias=st.booleans(),
+                head_width=st.sampled_from([2, 4]),
+            ),
+        )
+    )
+    return Problem(
+        spec,
+        length=ranks * draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, 3)),
+        stretch_density=tuple(draw(st.lists(densities, min_size=ranks, max_size=ranks))),
+        expert_density=tuple(draw(st.lists(densities, min_size=num_experts, max_size=num_experts))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def batches_of_problems(ranks: int) -> st.SearchStrategy[list[Problem]]:
+    return st.lists(problems(ranks), min_size=8, max_size=10)
+
+
+few_batches = settings(
+    max_examples=3,
+    # A failing batch is reported as it is: shrinking runs it again and again.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def _solve_all(batch: list[Problem], layout: ParallelLayout) -> list[Outcome]:
+    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return [run_routed(problem, groups) for problem in batch]
+
+
+def _check_solutions(ranks: Ranks, batch: list[Problem], layout: ParallelLayout) -> None:
+    by_rank = ranks(layout.world_size).run(_solve_all, batch, layout)
+    for i, problem in enumerate(batch):
+        outcomes = [found[i] for found in by_rank]
+        assert_equal_to(expected_routed(problem), outcomes, layout, problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_named_routings_equal_the_reference(ranks: Ranks, layout: ParallelLayout) -> None:
+    _check_solutions(ranks, NAMED, layout)
+
+
+@pytest.mark.parametrize("layout", [*REPLICATED[:1], *SHARDED[:2]], ids=layout_id)
+def test_any_routing_equals_the_reference(ranks: Ranks, layout: ParallelLayout) -> None:
+    @few_batches
+    @given(batches_of_problems(layout.tensor))
+    def check(batch: list[Problem]) -> None:
+        _check_solutions(ranks, batch, layout)
+
+    check()
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One (token, expert) pair as the experts of a rank saw it."""
+
+    token: int
+    position: int
+    sequence: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank computed and sent."""
+
+    visits: list[Visit]
+    rows: list[int]
+    """Token of each row that was present on the rank."""
+    collectives: list[tuple[str, tuple[int, ...], list[int] | None]]
+    """Name, shape of a row of the input and rows for each rank, in order."""
+
+
+class _Collectives(TorchDispatchMode):
+    """Records every collective, backward included, at the point all of them pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...], list[int] | None]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            if name == "alltoall_base_":
+                _output, sent, _group, _receive_rows, send_rows, *_ = args
+                self.calls.append((name, tuple(sent.shape[1:]), list(send_rows)))
+            else:
+                self.calls.append((name, (), None))
+        return func(*args, **(kwargs or {}))
+
+
+class _RecordingExperts:
+    """Experts that return their rows as they are, and remember for whom they worked."""
+
+    def __init__(self, first_expert: int) -> None:
+        self.first_expert = first_expert
+        self.visits: list[Visit] = []
+        self.rows: list[int] = []
+
+    def __call__(self, rows: Tensor, gates_N: Tensor, assignment: Assignment) -> Tensor:
+        self.rows = rows[:, 0].long().tolist()
+        pairs = assignment.gather(rows)
+        counts_E, lengths_G = assignment.expert_counts_E, assignment.run_lengths_G
+        batch = lengths_G.shape[0] // counts_E.shape[0]
+        run_N = torch.repeat_interleave(lengths_G)
+        expert_N = torch.repeat_interleave(counts_E)
+        assert torch.equal(run_N // batch, expert_N)
+        self.visits = [
+            Visit(int(token), position, run % batch, self.first_expert + expert)
+            for token, position, run, expert in zip(
+                pairs[:, 0].tolist(),
+                assignment.position_N.tolist(),
+                run_N.tolist(),
+                expert_N.tolist(),
+                strict=True,
+            )
+        ]
+        return assignment.sum_by_row(pairs * gates_N.unsqueeze(1))
+
+
+def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
+    """Rows carry the number of their token, position * batch + sequence."""
+    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    run = run_sharded if layout.sequence_parallel else run_replicated
+    traces = []
+    for problem in batch:
+        t = problem.tensors()
+        token = torch.arange(problem.length * problem.batch).view(problem.length, problem.batch, 1)
+        x = local(token.expand(-1, -1, 3).double(), groups).requires_grad_()
+        gates = local(t.gates, groups).requires_grad_()
+        experts = _RecordingExperts(groups.tensor_rank * t.mask.shape[2] // layout.tensor)
+        with _Collectives() as collectives:
+            y = run(x, Routing(local(t.mask, groups), gates), experts, groups.tensor)
+            y.backward(torch.ones_like(y))
+        traces.append(Trace(experts.visits, experts.rows, collectives.calls))
+    return traces
+
+
+def _check_conservation(batch: list[Problem], traces: list[list[Trace]]) -> None:
+    """Every routed pair is computed once, at its own place, and nothing else is."""
+    for i, problem in enumerate(batch):
+        routed = [
+            Visit(position * problem.batch + sequence, position, sequence, expert)
+            for position, sequence, expert in problem.tensors().mask.nonzero().tolist()
+        ]
+        computed = [visit for of_rank in traces for visit in of_rank[i].visits]
+        assert Counter(computed) == Counter(routed), problem
+
+
+def _rows_to_send(problem: Problem, num_ranks: int) -> list[list[set[int]]]:
+    """[source][destination]: the source's tokens with an expert at the destination."""
+    rows: list[list[set[int]]] = [[set() for _ in range(num_ranks)] for _ in range(num_ranks)]
+    for position, sequence, expert in problem.tensors().mask.nonzero().tolist():
+        source = position // (problem.length // num_ranks)
+        destination = expert // (problem.spec.num_experts // num_ranks)
+        rows[source][destination].add(position * problem.batch + sequence)
+    return rows
+
+
+def _check_rows(batch: list[Problem], traces: list[list[Trace]]) -> None:
+    """A row crosses to a rank once in dispatch, once back, and its gradients likewise."""
+    num_ranks = len(traces)
+    for i, problem in enumerate(batch):
+        rows = _rows_to_send(problem, num_ranks)
+        for rank in range(num_ranks):
+            trace = traces[rank][i]
+            out = [len(rows[rank][other]) for other in range(num_ranks)]
+            back = [len(rows[other][rank]) for other in range(num_ranks)]
+            sent = [counts for _, shape, counts in trace.collectives if shape == (3,)]
+            assert sent == [out, back, out, back], problem
+            present = [token for other in range(num_ranks) for token in sorted(rows[other][rank])]
+            assert trace.rows == present, problem
+
+
+def _shapes(calls: Iterable[tuple[str, tuple[int, ...], list[int] | None]]) -> Counter[str]:
+    return Counter(f"{name}{shape}" for name, shape, _ in calls)
+
+
+def _traces(ranks: Ranks, batch: list[Problem], layout: ParallelLayout) -> list[list[Trace]]:
+    """Of the first tensor group, by rank."""
+    return ranks(layout.world_size).run(_trace_all, batch, layout)[: layout.tensor]
+
+
+@pytest.fixture(scope="module")
+def traces(request: pytest.FixtureRequest, ranks: Ranks) -> list[list[Trace]]:
+    """Of the named routings under the layout that the test is parametrized with."""
+    return _traces(ranks, NAMED_MLP, request.param)
+
+
+on = functools.partial(pytest.mark.parametrize, "traces", indirect=True, ids=layout_id)
+
+
+@on(LAYOUTS)
+def test_every_routed_pair_is_computed_once(traces: list[list[Trace]]) -> None:
+    _check_conservation(NAMED_MLP, traces)
+
+
+@on(SHARDED)
+def test_every_row_crosses_to_a_rank_once_each_way(traces: list[list[Trace]]) -> None:
+    _check_rows(NAMED_MLP, traces)
+
+
+@on(SHARDED)
+def test_ranks_take_part_in_the_same_collectives(traces: list[list[Trace]]) -> None:
+    """Whatever a rank sends: counts, expert ids, rows, gates and sums, then three gradients."""
+    counts, ids_and_gates, rows = "alltoall_base_(2,)", "alltoall_base_()", "alltoall_base_(3,)"
+    for of_rank in traces:
+        for trace in of_rank:
+            assert _shapes(trace.collectives) == {counts: 1, ids_and_gates: 3, rows: 4}
+
+
+@on(REPLICATED)
+def test_replicated_tokens_do_not_move(traces: list[list[Trace]]) -> None:
+    """One sum of results, and one each of the gradients of tokens and gates."""
+    for of_rank in traces:
+        for trace in of_rank:
+            assert _shapes(trace.collectives) == {"allreduce_()": 3}
+
+
+@pytest.mark.parametrize("layout", SHARDED[:2], ids=layout_id)
+def test_any_routing_computes_pairs_once_and_sends_rows_once(
+    ranks: Ranks, layout: ParallelLayout
+) -> None:
+    @few_batches
+    @given(batches_of_problems(layout.tensor))
+    def check(batch: list[Problem]) -> None:
+        traces = _traces(ranks, batch, layout)
+        _check_conservation(batch, traces)
+        _check_rows(batch, traces)
+
+    check()

@@ -1,0 +1,87 @@
+"""Pairs sorted by (expert, sequence, position), and rows gathered and summed by them."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uoe_parallel.experts.assignment import Assignment, sort_pairs
+
+EXPERTS, SEQUENCES, LENGTH = 3, 2, 5
+
+routings = st.sets(
+    st.tuples(
+        st.integers(0, LENGTH - 1), st.integers(0, SEQUENCES - 1), st.integers(0, EXPERTS - 1)
+    )
+)
+"""(position, sequence, expert)."""
+
+
+def _sort(pairs: list[tuple[int, int, int]]) -> tuple[Assignment, torch.Tensor]:
+    """Every token of every sequence is a row."""
+    position_N, sequence_N, expert_N = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
+    return sort_pairs(
+        row_N=position_N * SEQUENCES + sequence_N,
+        expert_N=expert_N,
+        sequence_N=sequence_N,
+        position_N=position_N,
+        num_rows=LENGTH * SEQUENCES,
+        num_experts=EXPERTS,
+        num_sequences=SEQUENCES,
+    )
+
+
+@given(routings)
+def test_pairs_are_sorted_by_expert_sequence_and_position(
+    routing: set[tuple[int, int, int]],
+) -> None:
+    pairs = sorted(routing)
+    assignment, order = _sort(pairs)
+    wanted = sorted(pairs, key=lambda pair: (pair[2], pair[1], pair[0]))
+    assert [pairs[i] for i in order.tolist()] == wanted
+    assert assignment.position_N.tolist() == [t for t, _, _ in wanted]
+    assert assignment.row_N.tolist() == [t * SEQUENCES + b for t, b, _ in wanted]
+    assert assignment.num_pairs == len(wanted)
+    experts, sequences = range(EXPERTS), range(SEQUENCES)
+    assert assignment.expert_counts_E.tolist() == [sum(p[2] == e for p in wanted) for e in experts]
+    assert assignment.run_lengths_G.tolist() == [
+        sum(p[1:] == (b, e) for p in wanted) for e in experts for b in sequences
+    ]
+
+
+@given(routings)
+def test_rows_are_gathered_and_summed_with_gradients(routing: set[tuple[int, int, int]]) -> None:
+    assignment, _ = _sort(sorted(routing))
+    rows = assignment.row_N.tolist()
+    generator = torch.Generator().manual_seed(len(rows))
+    x = torch.randn(LENGTH * SEQUENCES, 3, generator=generator).requires_grad_()
+    pairs = torch.randn(len(rows), 3, generator=generator).requires_grad_()
+    weight = torch.randn(len(rows), 3, generator=generator)
+    upstream = torch.randn(x.shape, generator=generator)
+
+    gathered = assignment.gather(x)
+    assert gathered.shape == pairs.shape
+    assert all(torch.equal(gathered[i], x[row]) for i, row in enumerate(rows))
+    gathered.backward(weight)
+    for row in range(x.shape[0]):
+        grad = sum((weight[i] for i, r in enumerate(rows) if r == row), torch.zeros(3))
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad[row], grad)
+
+    summed = assignment.sum_by_row(pairs)
+    summed.backward(upstream)
+    assert pairs.grad is not None
+    for row in range(x.shape[0]):
+        total = sum((pairs[i] for i, r in enumerate(rows) if r == row), torch.zeros(3))
+        torch.testing.assert_close(summed[row], total)
+    assert all(torch.equal(pairs.grad[i], upstream[row]) for i, row in enumerate(rows))
+
+
+def test_a_row_is_summed_in_the_order_of_its_experts() -> None:
+    """Bits must not depend on which rank computes what: 1e8 + 1 - 1e8 is not 1e8 - 1e8 + 1."""
+    assignment, _ = _sort([(0, 0, e) for e in range(EXPERTS)])
+    for values in ([1e8, 1.0, -1e8], [1e8, -1e8, 1.0]):
+        pairs = torch.tensor(values).unsqueeze(1)
+        wanted = (torch.tensor(values[0]) + values[1] + values[2]).item()
+        assert assignment.sum_by_row(pairs)[0].item() == wanted

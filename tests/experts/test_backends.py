@@ -1,0 +1,199 @@
+"""Every backend computes the same numbers, forward and backward, empty runs included."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.harness import Ranks
+from tests.unions import (
+    AttentionSpec,
+    MLPSpec,
+    Outcome,
+    Problem,
+    Spec,
+    assert_equal_to,
+    expected_routed,
+    normal,
+    run_routed,
+    start,
+)
+from uoe_parallel.experts.backends import (
+    Backend,
+    FlashBackend,
+    GroupedBackend,
+    LoopBackend,
+    ReferenceBackend,
+    choose_backend,
+)
+from uoe_parallel.parallel.layout import ParallelLayout
+
+
+class Tolerance(NamedTuple):
+    rtol: float
+    atol: float
+
+
+FP32 = Tolerance(1e-4, 1e-5)
+FP64 = Tolerance(1e-10, 1e-12)
+BACKENDS = [
+    pytest.param(GroupedBackend(), torch.float32, FP32, id="grouped-fp32"),
+    pytest.param(LoopBackend(), torch.float32, FP32, id="loop-fp32"),
+    pytest.param(LoopBackend(), torch.float64, FP64, id="loop-fp64"),
+    pytest.param(ReferenceBackend(), torch.float64, FP64, id="reference-fp64"),
+]
+counts = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=6)
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(map(sum, shapes)))
+    return [normal(generator, *shape) for shape in shapes]
+
+
+def _check(
+    found: Tensor, wanted: Tensor, leaves: list[Tensor], exact: list[Tensor], tolerance: Tolerance
+) -> None:
+    """Same values and gradients, and a gradient at all: without one, a rank that got no rows
+    would stay out of the collectives of the backward pass."""
+    assert found.shape == wanted.shape
+    assert found.requires_grad
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance.rtol, atol=tolerance.atol)
+    gradients = torch.autograd.grad(found, leaves, upstream.to(found.dtype))
+    exact_gradients = torch.autograd.grad(wanted, exact, upstream.double(), materialize_grads=True)
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(
+            gradient.double(), exact_gradient, rtol=tolerance.rtol, atol=tolerance.atol
+        )
+
+
+def _products(x_NK: Tensor, w_EKM: Tensor, counts_E: list[int]) -> Tensor:
+    """By a sum over experts of products masked to the expert's rows."""
+    expert_N = torch.tensor([e for e, count in enumerate(counts_E) for _ in range(count)])
+    y = x_NK.new_zeros(x_NK.shape[0], w_EKM.shape[2])
+    for e, w_KM in enumerate(w_EKM):
+        y = y + (expert_N == e).to(x_NK.dtype).unsqueeze(1) * (x_NK @ w_KM)
+    return y
+
+
+def _attention(q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, lengths_G: list[int]) -> Tensor:
+    """By one mask over all rows: of the same run, and not later."""
+    run_N = torch.tensor([g for g, length in enumerate(lengths_G) for _ in range(length)])
+    visible = (run_N.unsqueeze(1) == run_N).tril()
+    scores = torch.einsum("nhd,md->hnm", q_NHd, k_Nd) / q_NHd.shape[-1] ** 0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hnm,md->nhd", weights, v_Nd)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@settings(max_examples=25)
+@given(counts_E=counts, transposed=st.booleans())
+def test_products(
+    backend: Backend,
+    dtype: torch.dtype,
+    tolerance: Tolerance,
+    counts_E: list[int],
+    transposed: bool,
+) -> None:
+    """Weights also in the strides in which Megatron's linears hold them."""
+    x, w = _leaves((sum(counts_E), 8), (len(counts_E), 8, 12))
+    exact = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
+    slices = leaves[1].transpose(1, 2).contiguous().transpose(1, 2) if transposed else leaves[1]
+    found = backend.products(leaves[0], slices, torch.tensor(counts_E))
+    _check(found, _products(exact[0], exact[1], counts_E), leaves, exact, tolerance)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@settings(max_examples=25)
+@given(lengths_G=counts, heads=st.integers(1, 3))
+def test_causal_attention(
+    backend: Backend, dtype: torch.dtype, tolerance: Tolerance, lengths_G: list[int], heads: int
+) -> None:
+    rows = sum(lengths_G)
+    tensors = _leaves((rows, heads, 4), (rows, 4), (rows, 4))
+    exact = [t.clone().requires_grad_() for t in tensors]
+    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    found = backend.causal_attention(leaves[0], leaves[1], leaves[2], torch.tensor(lengths_G))
+    _check(found, _attention(exact[0], exact[1], exact[2], lengths_G), leaves, exact, tolerance)
+
+
+def test_equal_to_one_dense_call_when_all_rows_are_one_run() -> None:
+    q, k, v = _leaves((7, 2, 4), (7, 4), (7, 4))
+    dense = F.scaled_dot_product_attention(
+        q.transpose(0, 1), k.expand(2, 7, 4), v.expand(2, 7, 4), is_causal=True
+    ).transpose(0, 1)
+    for backend in (LoopBackend(), ReferenceBackend()):
+        found = backend.causal_attention(q, k, v, torch.tensor([7]))
+        torch.testing.assert_close(found, dense, rtol=FP64.rtol, atol=FP64.atol)
+
+
+@settings(max_examples=25)
+@given(lengths_G=counts, cut=st.integers(1, 12))
+def test_reference_gives_a_row_the_same_bits_whatever_comes_later(
+    lengths_G: list[int], cut: int
+) -> None:
+    """Dropping the last rows of a block, or all blocks after it, changes no bit before."""
+    rows, kept = sum(lengths_G), min(cut, sum(lengths_G))
+    kept_lengths, left = [], kept
+    for length in lengths_G:
+        kept_lengths.append(min(length, left))
+        left -= kept_lengths[-1]
+    q, k, v, w = _leaves((rows, 2, 4), (rows, 4), (rows, 4), (len(lengths_G), 4, 3))
+    backend, whole, part = ReferenceBackend(), torch.tensor(lengths_G), torch.tensor(kept_lengths)
+    attended = backend.causal_attention(q, k, v, whole)[:kept]
+    assert torch.equal(backend.causal_attention(q[:kept], k[:kept], v[:kept], part), attended)
+    assert torch.equal(backend.products(k[:kept], w, part), backend.products(k, w, whole)[:kept])
+
+
+UNIONS: list[Spec] = [
+    MLPSpec(activation="gelu", hidden_size=8, expert_width=4),
+    MLPSpec(activation="swiglu", hidden_size=8, expert_width=8, bias=False),
+    AttentionSpec(num_experts=4),
+    AttentionSpec(num_experts=4, queries_per_expert=2, bias=False),
+]
+PROBLEMS = [
+    Problem(spec, 8, 2, (1.0, 0.2), density, seed=seed)
+    for seed, spec in enumerate(UNIONS)
+    for density in [(0.8, 0.0, 0.3, 1.0), (0.5, 0.5, 0.0, 0.0)]
+]
+
+
+def _run_unions(backend: Backend, dtype: torch.dtype, layout: ParallelLayout) -> list[Outcome]:
+    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return [run_routed(problem, groups, dtype, backend) for problem in PROBLEMS]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+def test_unions_compute_the_reference_with_every_backend(
+    ranks: Ranks, backend: Backend, dtype: torch.dtype, tolerance: Tolerance
+) -> None:
+    """With weights as they lie in Megatron's linears, an expert without rows and a rank too."""
+    layout = ParallelLayout(2, 2, sequence_parallel=True, zero_stage=0)
+    by_rank = ranks(2).run(_run_unions, backend, dtype, layout)
+    for i, problem in enumerate(PROBLEMS):
+        found = [outcomes[i] for outcomes in by_rank]
+        assert_equal_to(
+            expected_routed(problem),
+            found,
+            layout,
+            problem,
+            rtol=tolerance.rtol,
+            atol=tolerance.atol,
+        )
+
+
+def test_choice_of_backend() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert type(choose_backend(cpu, torch.float64)) is LoopBackend
+    assert type(choose_backend(cuda, torch.float64)) is LoopBackend
+    assert type(choose_backend(cpu, torch.float32)) is GroupedBackend
+    assert type(choose_backend(cuda, torch.float32)) is GroupedBackend
+    assert type(choose_backend(cpu, torch.bfloat16)) is GroupedBackend
+    assert type(choose_backend(cuda, torch.bfloat16)) is FlashBackend

@@ -1,0 +1,117 @@
+"""Scripts that start something, and the commands that the documentation tells to type."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from tests.programs import CHECKOUT
+from uoe_parallel.config.load import load_config
+from uoe_parallel.parallel.layout import layout_faults
+from uoe_parallel.pretrain import parse_arguments
+
+SCRIPTS = sorted(
+    [*(CHECKOUT / "launch").glob("**/*.sh"), CHECKOUT / "tests/run.sh", CHECKOUT / ".ci/run"]
+)
+DOCUMENTS = sorted(
+    {
+        CHECKOUT / "README.md",
+        *(path for folder in ("docs", "launch") for path in (CHECKOUT / folder).glob("**/*.md")),
+    }
+)
+PROGRAMS = ("uoe_parallel.pretrain", "uoe-pretrain")
+
+_FENCE = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PATH = re.compile(r"(launch|tests|tools|configs|docker|\.ci)/[\w./-]+")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(CHECKOUT))
+
+
+def _commands(document: Path) -> list[list[str]]:
+    """The words of every command in the shell blocks of a document."""
+    commands = []
+    for block in _FENCE.findall(document.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words:
+                commands.append(words)
+    return commands
+
+
+def _ranks(command: list[str]) -> int:
+    """How many ranks a launcher's command line starts."""
+    counts = [
+        int(count)
+        for option, count in pairwise(command)
+        if option in ("--nproc-per-node", "--num_gpus", "-n", "-np", "--nnodes")
+    ]
+    return prod(counts)
+
+
+def _program_arguments(script: str) -> list[str]:
+    """What a script passes to the program, without what the user adds."""
+    command = script.replace("\\\n", " ").split("uoe_parallel.pretrain", 1)[1]
+    return [word for word in shlex.split(command.splitlines()[0]) if word != "$@"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=_name)
+def test_script_is_valid_bash(script: Path) -> None:
+    checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=_name)
+def test_script_names_files_that_exist(script: Path) -> None:
+    code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+    for match in _PATH.finditer("\n".join(code)):
+        assert (CHECKOUT / match[0]).exists(), match[0]
+
+
+def test_quickstart_trains_on_the_corpus_that_it_makes() -> None:
+    script = (CHECKOUT / "launch/quickstart.sh").read_text()
+    options = parse_arguments(_program_arguments(script))
+    config = load_config(CHECKOUT / options.config, options.overrides)
+    made = re.search(r"make_quickstart_corpus\.py (\S+)", script)
+    ranks = re.search(r"--nproc-per-node (\d+)", script)
+    assert made and ranks
+    for split in ("train", "validation", "test"):
+        assert getattr(config.data, split) == f"{made[1]}/{split}"
+    assert int(ranks[1]) % config.parallel.tensor == 0
+
+
+def test_readme_has_the_two_commands() -> None:
+    commands = _commands(CHECKOUT / "README.md")
+    for command in ("bash launch/quickstart.sh", "bash tests/run.sh"):
+        assert command.split() in commands
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
+def test_commands_in_documents_name_files_that_exist(document: Path) -> None:
+    for command in _commands(document):
+        for word in command:
+            if _PATH.fullmatch(word):
+                assert (CHECKOUT / word).exists(), " ".join(command)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
+def test_commands_in_documents_are_understood(document: Path) -> None:
+    for command in _commands(document):
+        program = next((word for word in command if word in PROGRAMS), None)
+        if program is None:
+            continue
+        arguments = command[command.index(program) + 1 :]
+        if "--help" in arguments:
+            continue
+        options = parse_arguments(arguments)
+        if (CHECKOUT / options.config).exists():
+            world_size = _ranks(command)
+            checks = [lambda config, ranks=world_size: layout_faults(config, ranks)]
+            load_config(CHECKOUT / options.config, options.overrides, checks)

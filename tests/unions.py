@@ -1,0 +1,327 @@
+"""Small routed blocks with known weights and routing: on ranks, and by reference.
+
+A `Problem` is a recipe that pickles: every process makes the same full tensors from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests import reference
+from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.experts.attention import DenseAttentionWeights, SelectiveMultiHeadAttention
+from uoe_parallel.experts.backends import Backend, LoopBackend
+from uoe_parallel.experts.mlp import DenseMLPWeights, UnionOfMLPExperts
+from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.parallel.groups import ParallelGroups, start_groups
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.routing.router import Routing
+
+Weights = DenseMLPWeights | DenseAttentionWeights
+Outcome = dict[str, Tensor]
+"""`y`, and gradients under the names of what they belong to: x, gates and dense weights."""
+
+ROPE_BASE = 100.0
+"""Small, so that a few positions turn every pair of features visibly."""
+BY_TOKEN = ("y", "x", "gates")
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A feed-forward block. Expert widths are odd: nothing may rest on alignment."""
+
+    num_experts: int = 4
+    activation: str = "gelu"
+    bias: bool = True
+    hidden_size: int = 6
+    expert_width: int = 3
+
+    def weights(self, generator: torch.Generator) -> DenseMLPWeights:
+        d, f = self.hidden_size, self.num_experts * self.expert_width
+        gated, bias = self.activation == "swiglu", self.bias
+        return DenseMLPWeights(
+            up_FD=_matrix(generator, f, d),
+            down_DF=_matrix(generator, d, f),
+            gate_FD=_matrix(generator, f, d) if gated else None,
+            up_bias_F=normal(generator, f) if bias else None,
+            gate_bias_F=normal(generator, f) if bias and gated else None,
+            output_bias_D=normal(generator, d) if bias else None,
+        )
+
+    def dense(self, x: Tensor, w: Weights) -> Tensor:
+        assert isinstance(w, DenseMLPWeights)
+        return reference.dense_mlp(x, w)
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
+        assert isinstance(w, DenseMLPWeights)
+        return reference.routed_mlp(x, mask, gates, w)
+
+    def build(
+        self, groups: ParallelGroups, dtype: torch.dtype, backend: Backend
+    ) -> UnionOfMLPExperts:
+        return UnionOfMLPExperts(
+            self.hidden_size,
+            self.num_experts * self.expert_width,
+            self.num_experts,
+            activation=self.activation,
+            bias=self.bias,
+            backend=backend,
+            config=megatron_config(groups.layout, dtype),
+            fc1_init=nn.init.zeros_,
+            fc2_init=nn.init.zeros_,
+            group=groups.tensor,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """An attention block of `num_experts` key/value heads."""
+
+    num_experts: int = 4
+    queries_per_expert: int = 1
+    bias: bool = True
+    head_width: int = 4
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_experts * self.queries_per_expert * self.head_width
+
+    def weights(self, generator: torch.Generator) -> DenseAttentionWeights:
+        a, c = self.hidden_size, self.num_experts * self.head_width
+        bias = self.bias
+        return DenseAttentionWeights(
+            q_AD=_matrix(generator, a, a),
+            k_CD=_matrix(generator, c, a),
+            v_CD=_matrix(generator, c, a),
+            output_DA=_matrix(generator, a, a),
+            q_bias_A=normal(generator, a) if bias else None,
+            k_bias_C=normal(generator, c) if bias else None,
+            v_bias_C=normal(generator, c) if bias else None,
+            output_bias_D=normal(generator, a) if bias else None,
+        )
+
+    def dense(self, x: Tensor, w: Weights) -> Tensor:
+        assert isinstance(w, DenseAttentionWeights)
+        return reference.dense_attention(x, w, self.head_width, ROPE_BASE)
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
+        assert isinstance(w, DenseAttentionWeights)
+        return reference.routed_attention(x, mask, gates, w, self.head_width, ROPE_BASE)
+
+    def build(
+        self, groups: ParallelGroups, dtype: torch.dtype, backend: Backend
+    ) -> SelectiveMultiHeadAttention:
+        return SelectiveMultiHeadAttention(
+            self.hidden_size,
+            self.num_experts * self.queries_per_expert,
+            self.num_experts,
+            rope_base=ROPE_BASE,
+            bias=self.bias,
+            backend=backend,
+            config=megatron_config(groups.layout, dtype),
+            qkv_init=nn.init.zeros_,
+            output_init=nn.init.zeros_,
+            group=groups.tensor,
+        )
+
+
+Spec = MLPSpec | AttentionSpec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A block, its input, a routing and the gradient that comes in from above.
+
+    A token of the s-th equal stretch of the sequence visits expert i with probability
+    stretch_density[s] * expert_density[i], so that with a stretch per rank and zeros among the
+    densities a rank sends nothing, or a rank's experts receive nothing.
+    """
+
+    spec: Spec
+    length: int
+    batch: int
+    stretch_density: tuple[float, ...]
+    expert_density: tuple[float, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.length % len(self.stretch_density) == 0
+        assert len(self.expert_density) == self.spec.num_experts
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> ProblemTensors:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = (self.length, self.batch)
+        stretch = torch.tensor(self.stretch_density).repeat_interleave(
+            self.length // len(self.stretch_density)
+        )
+        density = stretch.view(-1, 1, 1) * torch.tensor(self.expert_density)
+        chance = torch.rand(*tokens, self.spec.num_experts, generator=generator)
+        made = ProblemTensors(
+            x=normal(generator, *tokens, self.spec.hidden_size),
+            mask=chance < density,
+            gates=normal(generator, *tokens, self.spec.num_experts),
+            upstream=normal(generator, *tokens, self.spec.hidden_size),
+            weights=self.spec.weights(generator),
+        )
+        return made if dtype is torch.float64 else made.to(dtype)
+
+
+@dataclass(frozen=True)
+class ProblemTensors:
+    """Full tensors of a problem, S first."""
+
+    x: Tensor
+    mask: Tensor
+    gates: Tensor
+    upstream: Tensor
+    weights: Weights
+
+    def to(self, dtype: torch.dtype) -> ProblemTensors:
+        named = {name: value.to(dtype) for name, value in named_weights(self.weights).items()}
+        return ProblemTensors(
+            x=self.x.to(dtype),
+            mask=self.mask,
+            gates=self.gates.to(dtype),
+            upstream=self.upstream.to(dtype),
+            weights=type(self.weights)(**named),
+        )
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _matrix(generator: torch.Generator, rows: int, columns: int) -> Tensor:
+    return normal(generator, rows, columns) / columns**0.5
+
+
+def named_weights(weights: Weights) -> dict[str, Tensor]:
+    """The weights that there are, by name."""
+    named = ((field.name, getattr(weights, field.name)) for field in fields(weights))
+    return {name: value for name, value in named if value is not None}
+
+
+@functools.cache
+def expected_routed(problem: Problem) -> Outcome:
+    """Values and gradients of the reference that visits tokens and experts one by one."""
+    t = problem.tensors()
+    leaves = {"x": t.x, "gates": t.gates, **named_weights(t.weights)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    return _outcome(problem.spec.routed(t.x, t.mask, t.gates, t.weights), t.upstream, leaves)
+
+
+@functools.cache
+def expected_dense(problem: Problem) -> Outcome:
+    """Values and gradients of the dense reference, which knows no experts."""
+    t = problem.tensors()
+    leaves = {"x": t.x, **named_weights(t.weights)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    return _outcome(problem.spec.dense(t.x, t.weights), t.upstream, leaves)
+
+
+def _outcome(y: Tensor, upstream: Tensor, leaves: dict[str, Tensor]) -> Outcome:
+    values = list(leaves.values())
+    if y.requires_grad:
+        gradients = torch.autograd.grad(y, values, upstream, materialize_grads=True)
+    else:  # No token is routed, and there is no output bias.
+        gradients = [torch.zeros_like(value) for value in values]
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def start(tensor: int, *, sequence_parallel: bool) -> ParallelGroups:
+    """Groups of this rank's world in tensor groups of `tensor` ranks."""
+    layout = ParallelLayout(dist.get_world_size(), tensor, sequence_parallel, zero_stage=0)
+    return start_groups(layout)
+
+
+def layout_id(layout: ParallelLayout) -> str:
+    """What pytest shows of a layout."""
+    tokens = "sharded" if layout.sequence_parallel else "replicated"
+    return f"tensor{layout.tensor}-data{layout.data}-{tokens}"
+
+
+def local(full: Tensor, groups: ParallelGroups) -> Tensor:
+    """This rank's tokens: its stretch of the sequence if tokens are sharded, all otherwise."""
+    if not groups.layout.sequence_parallel:
+        return full.clone()
+    return full.chunk(groups.tensor.size())[groups.tensor_rank].clone()
+
+
+def build(
+    problem: Problem,
+    groups: ParallelGroups,
+    dtype: torch.dtype = torch.float64,
+    backend: Backend | None = None,
+) -> UnionOfMLPExperts | SelectiveMultiHeadAttention:
+    """The problem's union with this rank's part of the dense weights."""
+    union = problem.spec.build(groups, dtype, backend or LoopBackend())
+    union.load_dense(problem.tensors(dtype).weights)  # pyright: ignore[reportArgumentType]
+    return union
+
+
+def weight_gradients(
+    union: UnionOfMLPExperts | SelectiveMultiHeadAttention,
+) -> Outcome:
+    """Gradients of the full dense weights. Overwrites the weights. Collective."""
+    with torch.no_grad():
+        for name, parameter in union.named_parameters():
+            # None would leave a rank without experts' work out of the reduction of gradients.
+            assert parameter.grad is not None, f"{name} has no gradient"
+            parameter.copy_(parameter.grad)
+    return named_weights(union.to_dense())
+
+
+def run_routed(
+    problem: Problem,
+    groups: ParallelGroups,
+    dtype: torch.dtype = torch.float64,
+    backend: Backend | None = None,
+) -> Outcome:
+    """Run the problem on this rank, values and gradients. `BY_TOKEN` are of its own tokens."""
+    t = problem.tensors(dtype)
+    union = build(problem, groups, dtype, backend)
+    sharded = groups.layout.sequence_parallel
+    block = DenseBlock(union, group=groups.tensor, sequence_parallel=sharded)
+    x = local(t.x, groups).requires_grad_()
+    gates = local(t.gates, groups).requires_grad_()
+    run = run_sharded if sharded else run_replicated
+    y = block.add_bias(run(x, Routing(local(t.mask, groups), gates), union, groups.tensor))
+    y.backward(local(t.upstream, groups))
+    assert x.grad is not None and gates.grad is not None
+    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **weight_gradients(union)}
+
+
+def assert_equal_to(
+    expected: Outcome,
+    outcomes: Sequence[Outcome],
+    layout: ParallelLayout,
+    what: object,
+    *,
+    rtol: float = 1e-9,
+    atol: float = 1e-11,
+) -> None:
+    """Every tensor group's outcomes, by rank, make up the expected one."""
+    for first in range(0, layout.world_size, layout.tensor):
+        group = outcomes[first : first + layout.tensor]
+        for name, value in expected.items():
+            if name in BY_TOKEN and layout.sequence_parallel:
+                found = [torch.cat([outcome[name] for outcome in group])]
+            else:
+                found = [outcome[name] for outcome in group]
+            for rank, tensor in enumerate(found, first):
+                torch.testing.assert_close(
+                    tensor,
+                    value.to(tensor.dtype),
+                    rtol=rtol,
+                    atol=atol,
+                    msg=lambda text, n=name, r=rank: f"{n}, rank {r}, {layout}, {what}: {text}",
+                )
