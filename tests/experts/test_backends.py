@@ -93,16 +93,17 @@ def _attention(q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, lengths_G: list[int]) 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 @settings(max_examples=25)
-@given(counts_E=counts, transposed=st.booleans())
+@given(counts_E=counts, transposed=st.booleans(), widths=st.sampled_from([(8, 16), (5, 3)]))
 def test_products(
     backend: Backend,
     dtype: torch.dtype,
     tolerance: Tolerance,
     counts_E: list[int],
     transposed: bool,
+    widths: tuple[int, int],
 ) -> None:
-    """Weights also in the strides in which Megatron's linears hold them."""
-    x, w = _leaves((sum(counts_E), 8), (len(counts_E), 8, 12))
+    """Weights also in the strides in which Megatron's linears hold them, and of any width."""
+    x, w = _leaves((sum(counts_E), widths[0]), (len(counts_E), *widths))
     exact = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
     slices = leaves[1].transpose(1, 2).contiguous().transpose(1, 2) if transposed else leaves[1]

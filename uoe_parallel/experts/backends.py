@@ -63,19 +63,25 @@ class PaddedAttention:
         return out.index_select(0, place_N)
 
 
-class GroupedBackend(PaddedAttention):
-    """torch's grouped product: one call for all slices (fp32, bf16)."""
-
-    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
-        return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
-
-
 class LoopBackend(PaddedAttention):
-    """One product per slice: any dtype, fp64 included."""
+    """One product per slice: any dtype and any width."""
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         blocks = x_NK.split(counts_E.tolist())
         return torch.cat([x @ w for x, w in zip(blocks, w_EKM, strict=True)])
+
+
+class GroupedBackend(LoopBackend):
+    """torch's grouped product: one call for all slices (fp32, bf16).
+
+    It wants rows that begin at multiples of 16 bytes; slices of odd widths are multiplied one by
+    one.
+    """
+
+    def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
+        if any(width * x_NK.element_size() % 16 for width in w_EKM.shape[1:]):
+            return super().products(x_NK, w_EKM, counts_E)
+        return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
 
 
 class FlashBackend(GroupedBackend):

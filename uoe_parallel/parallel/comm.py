@@ -24,7 +24,10 @@ def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of `x` over `group`; its gradient passes unchanged."""
+    """The sum of `x` over `group`; its gradient passes unchanged.
+
+    `x` is overwritten: it must be a result that nothing else reads, backward included.
+    """
     return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
 
 
