@@ -150,7 +150,7 @@ def test_every_step_reports_every_metric(finished: Run) -> None:
 
 def test_each_evaluation_is_recorded_once(finished: Run) -> None:
     first_loss = metrics(finished.folder)[0]["loss"]
-    for kind, steps in (("validation", [2, STEPS]), ("test", [STEPS])):
+    for kind, steps in (("validation", [0, 2, STEPS]), ("test", [STEPS])):
         records = metrics(finished.folder, kind)
         assert [record["step"] for record in records] == steps
         for record in records:
@@ -205,7 +205,7 @@ def test_second_run_finds_the_checkpoint_and_trains_nothing(
 
     assert (first.code, first.err) == (0, "")
     assert second == Outcome(0, "", "")
-    assert f"resuming from {checkpoint} (step {STEPS})" in first.out
+    assert f"resuming from {checkpoint}: {STEPS} of {STEPS} steps are done" in first.out
     assert "Finished" in first.out
     assert metrics(copy) == metrics(finished.folder)
     assert (checkpoint / "manifest.json").stat().st_mtime_ns == manifest.st_mtime_ns

@@ -126,6 +126,13 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     ]
 
 
+def test_every_step_has_data_of_its_own(ranks: Ranks, tmp_path: Path) -> None:
+    """Weights that do not move show another loss on other data only."""
+    config = _config(tmp_path, training={"steps": 3, "learning_rate": 1e-30, "weight_decay": 0.0})
+    [life] = ranks(1).run(_live, config)
+    assert len({step.loss for step in life.steps.values()}) == 3
+
+
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The YAML of a finished run at tensor parallel 2, with checkpoints of steps 1 and 2, and its
@@ -206,13 +213,22 @@ def test_other_run_is_refused_by_name(
     assert _files(tmp_path) == files
 
 
-def test_data_of_another_corpus_is_refused_by_name(
+def test_data_of_another_size_is_refused_by_name(
     ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
 ) -> None:
     override = _copy(saved, tmp_path / "run")
     other = f"data.train={saved[0].parent / 'validation'}"
     message = only_complaint(ranks(2).run(call_program, "--config", saved[0], override, other))
-    assert "data" in message and str(saved[0].parent / "validation") in message
+    for word in ("data.train", "2000", "400"):
+        assert word in message
+
+
+def test_data_that_moved_is_taken(ranks: Ranks, saved: tuple[Path, float], tmp_path: Path) -> None:
+    for file in saved[0].parent.glob("train.*"):
+        shutil.copy(file, tmp_path)
+    overrides = [_copy(saved, tmp_path / "run"), f"data.train={tmp_path / 'train'}"]
+    life, _ = ranks(2).run(_live, load_config(saved[0], [*overrides, "training.steps=3"]))
+    assert list(life.steps) == [3]
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), [(1, 1, 1), (2, 1, 3), (4, 4, 0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,18 @@ SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
+
+FIXED = (
+    "model",
+    "feed_forward.num_experts",
+    "feed_forward.routed_layers",
+    "attention.routed_layers",
+    "seed",
+    "data.tokenizer",
+    "training.global_batch_size",
+    "training.precision",
+)
+"""Fields that a run keeps when it resumes: its weights, and the order of its data."""
 
 Split = Literal["validation", "test"]
 
@@ -112,6 +125,8 @@ class Trainer:
         """Train to the last step, from the newest checkpoint of the run folder if there is one."""
         self._open_run()
         training, steps = self.config.training, self.config.training.steps
+        if self.step == 0 and training.validate_every > 0:
+            self.evaluate("validation")
         with self.console.progress(steps, start=self.step):
             while self.step < steps:
                 result = self.train_step()
@@ -205,6 +220,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
+            "train_tokens": self.train_data.num_tokens,
             "config": self.config.model_dump(mode="json"),
         }
         folder = save_checkpoint(
@@ -228,7 +244,10 @@ class Trainer:
             self._check_resumable(reader)
             restore(self.engine.deepspeed, self.groups, reader)
             self.step = reader.step
-            self.console.say(f"resuming from {reader.path} (step {reader.step})")
+            self.console.say(
+                f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
+                "are done"
+            )
         with shared_fate(
             f"the run folder {self.run_dir} cannot be written",
             "Set run_dir to a folder that every rank can write to",
@@ -244,26 +263,10 @@ class Trainer:
         """Refuse a checkpoint of another model or another order of the data."""
         saved = RunConfig.model_validate_json(json.dumps(reader.state["config"]))
         pairs = {
-            "model": (saved.model, self.config.model),
-            "feed_forward.num_experts": (
-                saved.feed_forward.num_experts,
-                self.config.feed_forward.num_experts,
-            ),
-            "feed_forward.routed_layers": (
-                saved.feed_forward.routed_layers,
-                self.config.feed_forward.routed_layers,
-            ),
-            "attention.routed_layers": (
-                saved.attention.routed_layers,
-                self.config.attention.routed_layers,
-            ),
-            "seed": (saved.seed, self.config.seed),
-            "data": (saved.data, self.config.data),
-            "training.global_batch_size": (
-                saved.training.global_batch_size,
-                self.config.training.global_batch_size,
-            ),
-            "training.precision": (saved.training.precision, self.config.training.precision),
+            **{
+                field: (attrgetter(field)(saved), attrgetter(field)(self.config)) for field in FIXED
+            },
+            "tokens in data.train": (reader.state["train_tokens"], self.train_data.num_tokens),
         }
         changed = [
             f"{field}: saved {old}, now {new}" for field, (old, new) in pairs.items() if old != new
