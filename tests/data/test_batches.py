@@ -13,9 +13,9 @@ from uoe_parallel.data.batches import (
     MicroBatch,
     epoch_permutation,
     evaluation_batches,
-    largest_token,
     sample_numbers,
     step_batches,
+    token_range,
 )
 
 
@@ -146,8 +146,9 @@ def test_evaluation_spreads_its_windows_and_gives_equal_shares(
         assert not batch.labels[padding].any()
 
 
-def test_largest_token_sees_inputs_and_labels() -> None:
+def test_token_range_sees_inputs_and_labels() -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
     low, high = torch.tensor([[1, 2]]), torch.tensor([[300, 3]])
-    assert largest_token([MicroBatch(low, low, mask), MicroBatch(low, high, mask)]) == 300
-    assert largest_token([MicroBatch(high, low, mask)]) == 300
+    assert token_range([MicroBatch(low, low, mask), MicroBatch(low, high, mask)])[1] == 300
+    assert token_range([MicroBatch(high, low, mask)])[1] == 300
+    assert token_range([MicroBatch(high, -low, mask)])[0] == -int(low.max())

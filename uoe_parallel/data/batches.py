@@ -95,9 +95,10 @@ def evaluation_batches(
         yield _micro_batch(dataset, share * len(dataset) // total, micro_batch_size)
 
 
-def largest_token(micro_batches: Iterable[MicroBatch]) -> int:
-    """The largest token id among inputs and labels, to be held against the vocabulary."""
-    return max(int(torch.maximum(b.tokens.max(), b.labels.max())) for b in micro_batches)
+def token_range(micro_batches: Iterable[MicroBatch]) -> tuple[int, int]:
+    """The smallest and largest id among inputs and labels, to be held against the vocabulary."""
+    ids = torch.cat([torch.cat((b.tokens, b.labels)).flatten() for b in micro_batches])
+    return int(ids.min()), int(ids.max())
 
 
 def sample_numbers(

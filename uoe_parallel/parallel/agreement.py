@@ -8,6 +8,7 @@ None means that this process works alone.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ def shared_fate(action: str, mend: str, group: ProcessGroup | None) -> Iterator[
         own = error
     fault = None
     if isinstance(own, UserError):
-        fault = {"mendable": True, "told": str(own)}
+        fault = {"mendable": True, "told": str(own), "host": socket.gethostname()}
     elif own is not None:
         mendable = isinstance(own, OSError | SafetensorError)
         fault = {"mendable": mendable, "text": f"{type(own).__name__}: {own}"}
@@ -94,7 +95,8 @@ def _verdict(reports: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         return None
     rank, fault = min(faults, key=lambda item: item[1]["mendable"])
     if "told" in fault:
-        return fault
+        seen = f" (seen by rank {rank} on {fault['host']})" if rank > 0 else ""
+        return fault | {"told": fault["told"] + seen}
     others = f" (and {len(faults) - 1} other ranks)" if len(faults) > 1 else ""
     return {"mendable": fault["mendable"], "text": f"rank {rank}: {fault['text']}{others}"}
 

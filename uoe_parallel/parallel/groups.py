@@ -70,6 +70,7 @@ def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Device]:
     deepspeed.init_distributed(
         dist_backend=device.backend,
         auto_mpi_discovery=launched_by_mpi,
+        distributed_port=int(os.environ.get("MASTER_PORT", "29500")),  # read under mpirun only
         verbose=False,
         timeout=timeout,
         dist_init_required=None,

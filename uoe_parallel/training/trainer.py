@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
+import zlib
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint, save_checkpoint
+from uoe_parallel.config.faults import show
 from uoe_parallel.config.load import save_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import (
     MicroBatch,
     evaluation_batches,
-    largest_token,
     step_batches,
+    token_range,
 )
 from uoe_parallel.data.dataset import TokenWindows
 from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -44,7 +46,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 FIXED = (
-    "model",
     "feed_forward.num_experts",
     "feed_forward.routed_layers",
     "attention.routed_layers",
@@ -53,7 +54,7 @@ FIXED = (
     "training.global_batch_size",
     "training.precision",
 )
-"""Fields that a run keeps when it resumes: its weights, and the order of its data."""
+"""Fields of the config that a run keeps when it resumes, next to those of the model."""
 
 Split = Literal["validation", "test"]
 
@@ -220,8 +221,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
-            "train_tokens": self.train_data.num_tokens,
-            "config": self.config.model_dump(mode="json"),
+            "identity": self._identity(),
         }
         folder = save_checkpoint(
             self.checkpoint_dir,
@@ -259,17 +259,21 @@ class Trainer:
                 self.metrics = MetricsWriter(self.run_dir, self.config.logging.tensorboard)
                 self.metrics.truncate_after(self.step if reader else -1)
 
+    def _identity(self) -> dict[str, Any]:
+        """What a run keeps when it resumes, as JSON: its weights and the order of its data."""
+        config = self.config.model_dump(mode="json")
+        model = {f"model.{name}": value for name, value in config["model"].items()}
+        fields = model | {field: reduce(getitem, field.split("."), config) for field in FIXED}
+        first = zlib.crc32(self.train_data[0].tobytes())
+        return fields | {"tokens of data.train and checksum": [self.train_data.num_tokens, first]}
+
     def _check_resumable(self, reader: CheckpointReader) -> None:
         """Refuse a checkpoint of another model or another order of the data."""
-        saved = RunConfig.model_validate_json(json.dumps(reader.state["config"]))
-        pairs = {
-            **{
-                field: (attrgetter(field)(saved), attrgetter(field)(self.config)) for field in FIXED
-            },
-            "tokens in data.train": (reader.state["train_tokens"], self.train_data.num_tokens),
-        }
+        saved: Any = reader.state.get("identity", {})
         changed = [
-            f"{field}: saved {old}, now {new}" for field, (old, new) in pairs.items() if old != new
+            f"{field}: saved {show(saved.get(field))}, now {show(now)}"
+            for field, now in self._identity().items()
+            if saved.get(field) != now
         ]
         if changed:
             raise UserError(
@@ -279,11 +283,13 @@ class Trainer:
             )
 
     def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:
-        largest = torch.tensor(largest_token(batches), device=self.device.torch_device)
-        largest = int(comm.max_over(largest, self.groups.data))
-        if largest >= self.tokenizer.size:
+        smallest, largest = token_range(batches)
+        ends = torch.tensor([-smallest, largest], device=self.device.torch_device)
+        below, largest = comm.max_over(ends, self.groups.data).tolist()
+        if largest >= self.tokenizer.size or below > 0:
+            wrong = -below if below > 0 else largest
             raise UserError(
-                f"{prefix}: token id {largest} is beyond the {self.tokenizer.size} ids of "
+                f"{prefix}: token id {wrong} is not one of the {self.tokenizer.size} ids of "
                 f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
                 "tokenizer or name the one it was made with"
             )
