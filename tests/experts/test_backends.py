@@ -195,6 +195,6 @@ def test_choice_of_backend() -> None:
     assert type(choose_backend(cpu, torch.float64)) is LoopBackend
     assert type(choose_backend(cuda, torch.float64)) is LoopBackend
     assert type(choose_backend(cpu, torch.float32)) is GroupedBackend
-    assert type(choose_backend(cuda, torch.float32)) is GroupedBackend
+    assert type(choose_backend(cuda, torch.float32)) is LoopBackend
     assert type(choose_backend(cpu, torch.bfloat16)) is GroupedBackend
     assert type(choose_backend(cuda, torch.bfloat16)) is FlashBackend

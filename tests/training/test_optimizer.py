@@ -104,7 +104,7 @@ def test_every_group_follows_the_schedule_from_its_own_peak() -> None:
     training = _training(
         router_learning_rate=0.125, min_learning_rate=0.05, warmup_steps=1, steps=11
     )
-    optimizer, _ = build_optimizer(parameter_groups(module, training), training, CPU)
+    optimizer, _ = build_optimizer(parameter_groups(module, training), training, CPU, 1)
     # Half way up, the peak, half way down from 1 to 0.1, and past the end.
     for step, factor in ((0, 0.5), (1, 1.0), (6, 0.55), (11, 0.1), (50, 0.1)):
         assert set_learning_rates(optimizer, step, training) == pytest.approx(0.5 * factor)
@@ -116,7 +116,7 @@ def test_only_the_decay_group_decays() -> None:
     """Without gradients AdamW's step is weight decay alone."""
     module = _module(weight=(2, 2), bias=(2,), router_weight=(2, 2))
     training = _training(weight_decay=0.1)
-    optimizer, _ = build_optimizer(parameter_groups(module, training), training, CPU)
+    optimizer, _ = build_optimizer(parameter_groups(module, training), training, CPU, 1)
     for param in module.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step()
@@ -135,7 +135,7 @@ def _apex(monkeypatch: pytest.MonkeyPatch, **contents: object) -> None:
 def _built(device: torch.device) -> tuple[torch.optim.Optimizer, str]:
     training = _training(betas=(0.5, 0.75), eps=0.001)
     groups = parameter_groups(_module(weight=(2, 2)), training)
-    optimizer, name = build_optimizer(groups, training, device)
+    optimizer, name = build_optimizer(groups, training, device, 1)
     [group] = optimizer.param_groups
     assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.75), 0.001, 0.5)
     return optimizer, name

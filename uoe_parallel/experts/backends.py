@@ -141,8 +141,7 @@ class ReferenceBackend:
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The best backend for what the model computes in."""
-    if dtype is torch.float64:
-        return LoopBackend()
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return FlashBackend()
-    return GroupedBackend()
+    if device.type == "cuda":
+        # There the grouped product and flash attention are made for half precision.
+        return FlashBackend() if dtype in (torch.bfloat16, torch.float16) else LoopBackend()
+    return LoopBackend() if dtype is torch.float64 else GroupedBackend()

@@ -36,7 +36,10 @@ class TrainingEngine:
         self.groups = groups
         self.device = device
         optimizer, self.optimizer_name = build_optimizer(
-            parameter_groups(model, config.training), config.training, device
+            parameter_groups(model, config.training),
+            config.training,
+            device,
+            config.parallel.zero_stage,
         )
         # DeepSpeed's optimizer types vary by ZeRO stage and are not declared.
         self.deepspeed: Any = deepspeed.initialize(

@@ -43,11 +43,13 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device
+    groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device, zero_stage: int
 ) -> tuple[Optimizer, str]:
     """AdamW in the fastest form this machine has, and that form's name for the log."""
     arguments = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
-    apex_adam = _apex_fused_adam() if device.type == "cuda" else None
+    # In bf16 without ZeRO, DeepSpeed keeps Apex's masters flat, where checkpoints can't reach.
+    reachable = zero_stage > 0 or config.precision == "fp32"
+    apex_adam = _apex_fused_adam() if device.type == "cuda" and reachable else None
     if apex_adam is not None:
         return apex_adam(groups, adam_w_mode=True, **arguments), "apex.optimizers.FusedAdam"
     fused = device.type == "cuda"
