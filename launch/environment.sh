@@ -2,7 +2,9 @@
 # `make_environment`. Nothing is activated: they call .venv/bin/... by name. The folder .venv is
 # theirs: they rebuild one that they did not finish.
 
+caller=$PWD
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+[[ $PWD == "$caller" ]] || echo "==> working in $PWD: paths below are relative to it"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # step NAME COMMAND...: say what runs and how long it took; leave at the first failure.
@@ -47,7 +49,10 @@ make_environment() {
         step "environment: remove the unfinished or moved .venv" rm -rf .venv
     fi
     if [[ ! -x .venv/bin/python ]]; then
-        python=$(find_python)
+        python=$(find_python) || {
+            echo "FAILED: environment: find Python" >&2
+            exit 1
+        }
         mkdir -p .venv
         echo unfinished >"$installed"
         step "environment: make .venv with $("$python" --version)" "$python" -m venv .venv

@@ -115,3 +115,13 @@ def test_commands_in_documents_are_understood(document: Path) -> None:
             world_size = _ranks(command)
             checks = [lambda config, ranks=world_size: layout_faults(config, ranks)]
             load_config(CHECKOUT / options.config, options.overrides, checks)
+
+
+def test_a_step_that_fails_is_named_and_ends_the_script(tmp_path: Path) -> None:
+    script = f"source {CHECKOUT}/launch/environment.sh; step first true; step second false; echo on"
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"working in {CHECKOUT}" in ended.stdout
+    assert "==> first: done" in ended.stdout
+    assert "FAILED: second" in ended.stderr
+    assert "on" not in ended.stdout.split()

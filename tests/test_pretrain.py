@@ -23,8 +23,8 @@ from uoe_parallel.pretrain import main
 
 STEPS = 4
 ROUTED_BLOCKS = [f"layers.{i}.{kind}" for i in range(2) for kind in ("attention", "feed_forward")]
-ENTROPY = "load_entropy/layers.1.attention"
 """Feed-forward and attention of both layers of the tiny model."""
+ENTROPY = "load_entropy/layers.1.attention"
 TIMED_PARTS = ("data", "forward", "backward", "optimizer")
 
 
@@ -207,7 +207,8 @@ def test_second_run_finds_the_checkpoint_and_trains_nothing(
     assert second == Outcome(0, "", "")
     assert f"resuming from {checkpoint}: {STEPS} of {STEPS} steps are done" in first.out
     assert "Finished" in first.out
-    assert metrics(copy) == metrics(finished.folder)
+    for kind in ("train", "validation", "test"):
+        assert metrics(copy, kind) == metrics(finished.folder, kind)
     assert (checkpoint / "manifest.json").stat().st_mtime_ns == manifest.st_mtime_ns
 
 

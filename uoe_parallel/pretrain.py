@@ -154,7 +154,8 @@ def _conclude(
         (split, f"{loss:.4f} nats/token = {bits_per_byte(loss):.4f} bits/byte")
         for split, loss in summary.losses.items()
     ]
-    files = f"{config.run_dir}: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"
+    events = "tensorboard/, " if config.logging.tensorboard else ""
+    files = f"{config.run_dir}: config.yaml, metrics.jsonl, {events}checkpoints/"
     console.table("Finished", [*losses, ("files", files)])
     console.say(f"To go on from here: {_resume_command(options, 2 * config.training.steps)}")
 

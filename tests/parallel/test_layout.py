@@ -56,14 +56,6 @@ def test_sequence_parallelism_needs_a_tensor_group(tensor: int, asked: bool, got
     assert _layout(4, tensor, sequence_parallel=asked).sequence_parallel is got
 
 
-@given(sizes, sizes, sizes, sizes)
-def test_accumulation_covers_the_global_batch(
-    tensor: int, data: int, micro: int, steps: int
-) -> None:
-    layout = _layout(tensor * data, tensor)
-    assert layout.accumulation_steps(micro * data * steps, micro) == steps
-
-
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_no_fault_where_everything_divides(world_size: int) -> None:
     assert list(layout_faults(_config(), world_size)) == []

@@ -196,3 +196,27 @@ def test_torchrun_ends_with_one_message(tmp_path: Path) -> None:
     assert outcome.err.count("uoe-pretrain: ") == 1, outcome.err
     assert outcome.err.count("token id 300") == 1
     assert re.search(r"exitcode\s*: 2\b", outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["deepspeed.zero_optimization.nonsense=1"], ["deepspeed", "nonsense"]),
+        (["deepspeed.amp={enabled: true}"], ["deepspeed.amp", "training.precision"]),
+        (
+            [
+                "training.precision=bf16",
+                "parallel.zero_stage=0",
+                "deepspeed.data_types.grad_accum_dtype=fp32",
+            ],
+            ["deepspeed.data_types.grad_accum_dtype", "parallel.zero_stage"],
+        ),
+    ],
+)
+def test_deepspeed_section_that_cannot_be(
+    ranks: Ranks, tmp_path: Path, overrides: list[str], named: list[str]
+) -> None:
+    path = write_run(tmp_path)
+    message = only_complaint(ranks(1).run(call_program, "--config", path, *overrides))
+    for word in named:
+        assert word in message

@@ -21,6 +21,7 @@ LAYOUTS = [
         (4, 2, True),
         (4, 2, False),
         (4, 4, True),
+        (4, 4, False),
     ]
     for zero in range(4)
 ]

@@ -145,6 +145,9 @@ def test_apex_is_used_on_cuda_where_it_imports(monkeypatch: pytest.MonkeyPatch) 
     _apex(monkeypatch, FusedAdam=FusedAdam)
     optimizer, name = _built(CUDA)
     assert isinstance(optimizer, FusedAdam) and optimizer.adam_w_mode
+    assert [group["step"] for group in optimizer.param_groups] == [0], (
+        "or a resumed run counts anew"
+    )
     assert name == "apex.optimizers.FusedAdam"
 
 

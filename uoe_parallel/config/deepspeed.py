@@ -32,6 +32,7 @@ _REFUSED = {
         "remove it",
     ),
     "bfloat16": ("is an old name of bf16", "set training.precision instead"),
+    "amp": ("would change the precision of the run", "set training.precision instead"),
     "torch_autocast": ("would change the precision of the run", "set training.precision instead"),
     "tensor_parallel": (
         "would split layers that are already split",
@@ -129,6 +130,15 @@ def passthrough_faults(config: RunConfig) -> Iterator[Fault]:
         if not isinstance(given[section], dict):
             mend = "give its keys as a mapping or remove it"
             yield Fault((f"deepspeed.{section}",), given[section], "is not a section", mend)
+    accumulate = _get(given, "data_types.grad_accum_dtype")
+    bf16_alone = config.training.precision == "bf16" and config.parallel.zero_stage == 0
+    if bf16_alone and accumulate not in (ABSENT, "bf16"):
+        yield Fault(
+            ("deepspeed.data_types.grad_accum_dtype", "parallel.zero_stage", "training.precision"),
+            accumulate,
+            "is not possible in bf16 without ZeRO, where DeepSpeed accumulates in bf16",
+            "set parallel.zero_stage to 1 or more, or remove it",
+        )
     for setting in _derived(config):
         value = _get(given, setting.key)
         if value is ABSENT or value == setting.value:

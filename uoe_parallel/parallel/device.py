@@ -1,4 +1,4 @@
-"""The only module that asks whether this run is on CPU or on CUDA.
+"""The module that decides whether this run is on CPU or on CUDA.
 
 Megatron-Core asks `torch.cuda.current_device()` where to put its buffers, also on machines
 without a GPU. `use_device` answers that question for the CPU, so that the code that the CPU

@@ -44,12 +44,6 @@ class ParallelLayout:
     def data_rank(self, rank: int) -> int:
         return rank // self.tensor
 
-    def accumulation_steps(self, global_batch_size: int, micro_batch_size: int) -> int:
-        """Micro-batches that each data rank computes per optimizer step."""
-        sequences = micro_batch_size * self.data
-        assert global_batch_size % sequences == 0
-        return global_batch_size // sequences
-
 
 def layout_faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
     """What keeps `config` from running on `world_size` ranks."""

@@ -8,12 +8,15 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from uoe_parallel.config.deepspeed import deepspeed_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.errors import UserError
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.mpu import ModelParallelUnit
@@ -42,13 +45,18 @@ class TrainingEngine:
             config.parallel.zero_stage,
         )
         # DeepSpeed's optimizer types vary by ZeRO stage and are not declared.
-        self.deepspeed: Any = deepspeed.initialize(
-            model=model.to(device),
-            optimizer=optimizer,
-            config=deepspeed_config(config, groups.layout.data),
-            mpu=ModelParallelUnit(groups),
-            dist_init_required=False,
-        )[0]
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model.to(device),
+                optimizer=optimizer,
+                config=deepspeed_config(config, groups.layout.data),
+                mpu=ModelParallelUnit(groups),
+                dist_init_required=False,
+            )
+        except (DeepSpeedConfigError, ValidationError) as error:
+            # It reads the same config on every rank, before any collective.
+            raise UserError(f"deepspeed: {error}; mend this section of the config") from error
+        self.deepspeed: Any = engine
         create_moments(self.deepspeed)
 
     def token_losses(self, batch: MicroBatch) -> Tensor:
@@ -105,7 +113,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:
-        """Loss in nats per valid token over all data ranks' batches, without dropout or update."""
+        """Loss in nats per valid token over all data ranks' batches, in evaluation mode."""
         self.deepspeed.eval()
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:

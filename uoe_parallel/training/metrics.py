@@ -66,6 +66,14 @@ class MetricsWriter:
         if self._events_dir is not None:
             self._write_events(self._events_dir, step, kind, values)
 
+    def has(self, step: int, kind: Kind) -> bool:
+        """Whether a line of this kind was written for `step`."""
+        if not self._path.exists():
+            return False
+        with self._path.open(encoding="utf-8") as file:
+            records = map(json.loads, file)
+            return any(r["step"] == step and r["kind"] == kind for r in records)
+
     def close(self) -> None:
         """Finish the TensorBoard file; a later `write` starts another one."""
         if self._events is not None:

@@ -51,7 +51,9 @@ def build_optimizer(
     reachable = zero_stage > 0 or config.precision == "fp32"
     apex_adam = _apex_fused_adam() if device.type == "cuda" and reachable else None
     if apex_adam is not None:
-        return apex_adam(groups, adam_w_mode=True, **arguments), "apex.optimizers.FusedAdam"
+        # Apex counts steps per group, from its first step on; a resumed run sets the count before.
+        counted = [group | {"step": 0} for group in groups]
+        return apex_adam(counted, adam_w_mode=True, **arguments), "apex.optimizers.FusedAdam"
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, fused=fused, **arguments), f"torch.optim.AdamW(fused={fused})"
 

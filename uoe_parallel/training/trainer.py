@@ -31,6 +31,7 @@ from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.sharding import partition_dim
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES, TrainingEngine
 from uoe_parallel.training.generation import sample
@@ -187,7 +188,8 @@ class Trainer:
         self._check_tokens(batches, dataset.prefix)
         loss = self.engine.evaluate(batches)
         values = {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
-        if self.metrics is not None:
+        # A finished run that is started again evaluates again, and records it once.
+        if self.metrics is not None and not self.metrics.has(self.step, split):
             self.metrics.write(self.step, split, values)
         self.console.say(
             f"{split}: loss {loss:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte "
@@ -334,7 +336,7 @@ class Trainer:
         """Elements of the full model."""
         local = torch.tensor([0, 0])
         for param in self.model.parameters():
-            local[int(getattr(param, "tensor_model_parallel", False))] += param.numel()
+            local[int(partition_dim(param) is not None)] += param.numel()
         return int(local[0] + local[1] * self.groups.layout.tensor)
 
 
