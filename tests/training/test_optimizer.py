@@ -166,3 +166,14 @@ def test_torch_is_used_on_cuda_without_apex(
     optimizer, name = _built(CUDA)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
     assert name == "torch.optim.AdamW(fused=True)"
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 3), ("bf16", 3), ("bf16", 0)])
+def test_apex_is_left_where_deepspeed_would_break_its_count_or_hide_its_masters(
+    monkeypatch: pytest.MonkeyPatch, precision: str, zero_stage: int
+) -> None:
+    _apex(monkeypatch, FusedAdam=FusedAdam)
+    training = _training(precision=precision)
+    groups = parameter_groups(_module(weight=(2, 2)), training)
+    _, name = build_optimizer(groups, training, CUDA, zero_stage)
+    assert name == "torch.optim.AdamW(fused=True)"

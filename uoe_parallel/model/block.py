@@ -113,10 +113,11 @@ class RoutedBlock(DenseBlock):
 
     def _scores(self, x_SBD: Tensor) -> Tensor:
         precise = torch.promote_types(x_SBD.dtype, torch.float32)
-        weight = self.router_weight
+        # Made precise first, so that its gradient is summed before it is rounded.
+        weight = self.router_weight.to(precise)
         if self.sequence_parallel:
             weight = comm.sum_gradient(weight, self.group)
-        return F.linear(x_SBD.to(precise), weight.to(precise))
+        return F.linear(x_SBD.to(precise), weight)
 
     @torch.no_grad()
     def _select(self, scores_SBE: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ def build_optimizer(
     """AdamW in the fastest form this machine has, and that form's name for the log."""
     arguments = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     # In bf16 without ZeRO, DeepSpeed keeps Apex's masters flat, where checkpoints can't reach.
-    reachable = zero_stage > 0 or config.precision == "fp32"
-    apex_adam = _apex_fused_adam() if device.type == "cuda" and reachable else None
+    # Under ZeRO 3 it steps part of a group at a time, and Apex would count each as a step.
+    suits_apex = zero_stage in (1, 2) or (zero_stage == 0 and config.precision == "fp32")
+    apex_adam = _apex_fused_adam() if device.type == "cuda" and suits_apex else None
     if apex_adam is not None:
         # Apex counts steps per group, from its first step on; a resumed run sets the count before.
         counted = [group | {"step": 0} for group in groups]

@@ -243,7 +243,8 @@ class Trainer:
         """Resume or start: load state, save the config, open the metrics."""
         reader = find_checkpoint(self.checkpoint_dir, self.groups.world)
         if reader is not None:
-            self._check_resumable(reader)
+            with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
+                self._check_resumable(reader)
             restore(self.engine.deepspeed, self.groups, reader)
             self.step = reader.step
             self.console.say(
