@@ -46,6 +46,26 @@ def test_sum_gradient(ranks: Ranks) -> None:
     _check(found, [A, B], [U + V, U + V])
 
 
+def _strided_and_shared(group_size: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x behind sum_gradient and of a branch beside it that reads the same gradient."""
+    group = start(group_size, sequence_parallel=False).tensor
+    x, beside = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+    # sum() hands down an expanded gradient, and + hands one tensor to both branches.
+    (comm.sum_gradient(x, group) + beside).sum().backward()
+    y = torch.zeros(2, 3, requires_grad=True)
+    z = torch.zeros(2, 3, requires_grad=True)
+    (comm.sum_gradient(y, group) + z).backward(torch.ones(2, 3))
+    assert x.grad is not None and beside.grad is not None
+    assert y.grad is not None and z.grad is not None
+    return torch.stack((x.grad, y.grad)), torch.stack((beside.grad, z.grad))
+
+
+def test_sum_gradient_of_strided_and_shared_gradients(ranks: Ranks) -> None:
+    for summed, beside in ranks(2).run(_strided_and_shared, 2):
+        assert torch.equal(summed, torch.full((2, 2, 3), 2.0))
+        assert torch.equal(beside, torch.ones(2, 2, 3))
+
+
 def test_sum_forward(ranks: Ranks) -> None:
     found = ranks(2).run(_forward_and_backward, comm.sum_forward, [A, B], [U, V])
     _check(found, [A + B, A + B], [U, V])

@@ -1,10 +1,13 @@
 """Every collective of this project's own layers, differentiable ones first.
 
-Each is one call on an explicit group; the differentiable ones are megatron-core's mappings.
+Each is one call on an explicit group; the differentiable ones are megatron-core's mappings where
+those hold for every input.
 Dimension 0 is the sequence (or row) dimension throughout.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +23,33 @@ def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
     activations that meet a shard of the experts, or a parameter (norm, router, output bias)
     that meets a shard of the tokens.
     """
-    return mappings.copy_to_tensor_model_parallel_region(x, group=group)
+    return _SumGradient.apply(x, group)
+
+
+class _SumGradient(torch.autograd.Function):
+    """As megatron-core's mapping, which all-reduces the incoming gradient in place: that loses the
+    sum of a strided gradient in silence, and changes one that another branch is still to read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        if ctx.group.size() == 1:
+            return grad_outputs[0], None
+        total = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of `x` over `group`; its gradient passes unchanged.
 
-    `x` is overwritten: it must be a result that nothing else reads, backward included.
+    `x` is contiguous and overwritten: a result that nothing else reads, backward included.
     """
+    assert x.is_contiguous(), "a strided x would come back unsummed"
     return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
 
 
