@@ -51,7 +51,7 @@ def _check_assignment(
 ) -> None:
     """rows: (position, sequence) of each row on the rank."""
     assert found.num_rows == len(rows)
-    assert found.num_pairs == len(pairs)
+    assert found.row_N.shape[0] == len(pairs)
     assert found.row_N.tolist() == [rows.index((t, b)) for t, b, _ in pairs]
     assert found.position_N.tolist() == [t for t, _, _ in pairs]
     assert found.expert_counts_E.tolist() == [sum(p[2] == e for p in pairs) for e in experts]

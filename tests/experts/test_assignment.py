@@ -42,7 +42,7 @@ def test_pairs_are_sorted_by_expert_sequence_and_position(
     assert [pairs[i] for i in order.tolist()] == wanted
     assert assignment.position_N.tolist() == [t for t, _, _ in wanted]
     assert assignment.row_N.tolist() == [t * SEQUENCES + b for t, b, _ in wanted]
-    assert assignment.num_pairs == len(wanted)
+    assert assignment.row_N.shape[0] == len(wanted)
     experts, sequences = range(EXPERTS), range(SEQUENCES)
     assert assignment.expert_counts_E.tolist() == [sum(p[2] == e for p in wanted) for e in experts]
     assert assignment.run_lengths_G.tolist() == [

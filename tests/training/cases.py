@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import starmap
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.model.cases import build_model, random_tokens, start
 from uoe_parallel.checkpoint import Piece
@@ -83,6 +83,39 @@ def run_plainly(config: RunConfig) -> Outcome:
         kinds = {"weight": param, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         pieces += [Piece.whole(f"{name}/{kind}", t.detach()) for kind, t in kinds.items()]
     return Outcome(losses, norms, pieces)
+
+
+def kept_by_a_forward_pass(config: RunConfig) -> tuple[int, set[str], set[str]]:
+    """How many weights the experts have, which were gathered at some time of a forward pass, and
+    whose gathered storage autograd kept for the backward pass."""
+    from uoe_parallel.training.engine import TrainingEngine
+
+    groups = start(config)
+    model = build_model(config, groups)
+    engine = TrainingEngine(model, config, groups, torch.device("cpu"))
+    ends = ("fc1.weight", "fc2.weight", "qkv.weight", "output.weight")
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(ends)}
+    gathered: set[str] = set()
+    kept: set[str] = set()
+
+    def whole() -> dict[int, str]:
+        return {p.untyped_storage().data_ptr(): n for n, p in weights.items() if p.numel() > 0}
+
+    def look(module: nn.Module, arguments: object) -> None:
+        gathered.update(whole().values())
+
+    def pack(saved: Tensor) -> Tensor:
+        name = whole().get(saved.untyped_storage().data_ptr())
+        if name is not None:
+            kept.add(name)
+        return saved
+
+    for module in model.modules():
+        module.register_forward_pre_hook(look)  # after DeepSpeed's, which gathers
+    batch = global_batch(config, 0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        engine.token_losses(batch)
+    return len(weights), gathered, kept
 
 
 def assemble(outcomes: list[Outcome]) -> dict[str, Tensor]:

@@ -9,7 +9,13 @@ import pytest
 from tests.harness import Ranks
 from tests.model.cases import relative_difference
 from tests.tiny import tiny_config
-from tests.training.cases import Outcome, assemble, run_engine, run_plainly
+from tests.training.cases import (
+    Outcome,
+    assemble,
+    kept_by_a_forward_pass,
+    run_engine,
+    run_plainly,
+)
 
 LAYOUTS = [
     pytest.param(world, tensor, sp, zero, id=f"{world} ranks, tp{tensor}, sp {sp}, zero{zero}")
@@ -73,3 +79,38 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(ranks: Ranks, zero_stage: int)
     masters = {key: t for key, t in full.items() if key.endswith("/master")}
     assert len(masters) * 4 == len(full)
     assert any((t != t.bfloat16()).any() for t in masters.values()), "masters must be fp32"
+
+
+# Without these, DeepSpeed keeps parameters as small as the tests' whole on every rank.
+REALLY_RELEASED = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+
+
+@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
+def test_zero3_that_releases_every_parameter_equals_plain_torch(
+    ranks: Ranks, plain: Outcome, world: int, tensor: int
+) -> None:
+    config = tiny_config(
+        parallel={"tensor": tensor, "zero_stage": 3},
+        training={"micro_batch_size": 1},
+        deepspeed=REALLY_RELEASED,
+    )
+    outcomes = ranks(world).run(run_engine, config)
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(plain.losses, rel=2e-5)
+        assert outcome.gradient_norms == pytest.approx(plain.gradient_norms, rel=2e-5)
+    worst, name = relative_difference(assemble(outcomes), assemble([plain]), eps=1e-3)
+    assert worst < 2e-4, name
+
+
+def test_zero3_forward_pass_keeps_no_expert_weight(ranks: Ranks) -> None:
+    config = tiny_config(parallel={"zero_stage": 3}, deepspeed=REALLY_RELEASED)
+    for expert_weights, gathered, kept in ranks(2).run(kept_by_a_forward_pass, config):
+        assert len(gathered) == expert_weights, "each must have been seen while it was gathered"
+        assert kept == set()

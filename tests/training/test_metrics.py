@@ -119,7 +119,6 @@ def test_tensorboard_reads_the_events_and_hides_those_of_steps_taken_again(
 
 def test_bits_per_byte() -> None:
     assert bits_per_byte(math.log(256)) == pytest.approx(8.0)
-    assert bits_per_byte(math.log(2), bytes_per_token=4.0) == pytest.approx(0.25)
 
 
 def test_load_statistics() -> None:

@@ -43,9 +43,6 @@ class CheckpointReader:
     def keys(self) -> KeysView[str]:
         return self._manifest.entries.keys()
 
-    def global_shape(self, key: str) -> tuple[int, ...]:
-        return self._manifest.entries[key].shape
-
     def dtype(self, key: str) -> torch.dtype:
         return DTYPES[self._manifest.entries[key].dtype]
 

@@ -27,10 +27,6 @@ class Assignment:
     num_rows: int
     """Rows on this rank, each of at least one pair unless tokens are replicated."""
 
-    @property
-    def num_pairs(self) -> int:
-        return self.row_N.shape[0]
-
     def gather(self, rows_RD: Tensor) -> Tensor:
         """A copy of each pair's row: [N, D]."""
         return rows_RD.index_select(0, self.row_N)

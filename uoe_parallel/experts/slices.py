@@ -9,6 +9,7 @@ with Megatron's communication.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -58,8 +59,9 @@ class SlicedColumnParallelLinear(ColumnParallelLinear):
         """
         if counts_E is None or backend is None:
             return super().forward(x)[0]
-        w_EDM = self.weight.view(self.num_local_slices, -1, x.shape[1]).transpose(1, 2)
-        y_NM = backend.products(x, w_EDM, counts_E)
+        with _released_with(self.weight):
+            w_EDM = self.weight.view(self.num_local_slices, -1, x.shape[1]).transpose(1, 2)
+            y_NM = backend.products(x, w_EDM, counts_E)
         if self.bias is None:
             return y_NM
         b_EM = self.bias.view(self.num_local_slices, -1)
@@ -104,5 +106,31 @@ class SlicedRowParallelLinear(RowParallelLinear):
         """
         if counts_E is None or backend is None:
             return super().forward(x)[0]
-        w_EMD = self.weight.view(self.output_size, self.num_local_slices, -1).permute(1, 2, 0)
-        return backend.products(x, w_EMD, counts_E)
+        with _released_with(self.weight):
+            w_EMD = self.weight.view(self.output_size, self.num_local_slices, -1).permute(1, 2, 0)
+            return backend.products(x, w_EMD, counts_E)
+
+
+def _released_with(weight: nn.Parameter) -> AbstractContextManager[object]:
+    """Under ZeRO 3, have autograd note how views of `weight` lie instead of keeping them.
+
+    A view that is kept for backward holds the gathered weight after DeepSpeed has let go of it, so
+    that in the end every rank holds the whole model. DeepSpeed gathers the weight again before the
+    backward pass of its module, and the view is made anew from that.
+    """
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if saved.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            return saved
+        offset = int(saved.storage_offset()) - int(weight.storage_offset())
+        return saved.shape, saved.stride(), offset
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, stride, offset = packed
+        return weight.detach().as_strided(shape, stride, int(weight.storage_offset()) + offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -107,9 +107,9 @@ class MetricsWriter:
         partial.replace(self._path)
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float = 1.0) -> float:
-    """A loss per token, in nats, as bits per byte of text."""
-    return nats_per_token / (math.log(2.0) * bytes_per_token)
+def bits_per_byte(nats_per_token: float) -> float:
+    """A loss per token of one byte, in nats, as bits per byte of text."""
+    return nats_per_token / math.log(2.0)
 
 
 def load_statistics(counts_LN: Tensor) -> tuple[Tensor, Tensor]:

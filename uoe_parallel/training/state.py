@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
+from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.sharding import named_shards, partition_dim
 
@@ -101,7 +102,7 @@ def capture(engine: Any, groups: ParallelGroups, *, masters: bool) -> list[Piece
 
 
 def restore(engine: Any, groups: ParallelGroups, reader: CheckpointReader) -> None:
-    """Load what `capture` saved. Collective over the data group."""
+    """Load what `capture` saved. Collective over all ranks."""
     for _, tensor in _stepped_tensors(engine):
         base_optimizer(engine).state[tensor]["step"].fill_(reader.step)
     for group in base_optimizer(engine).param_groups:
@@ -109,11 +110,13 @@ def restore(engine: Any, groups: ParallelGroups, reader: CheckpointReader) -> No
             group["step"] = reader.step
     saved, masters = reader.keys(), _plain_masters(engine)
     for name, param, shard in named_shards(engine.module, groups.tensor):
-        values = {
-            kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape).to(engine.device)
-            for kind in ("weight", "master", *MOMENTS)
-            if f"{name}/{kind}" in saved
-        }
+        # What follows is collective: a rank that cannot read must not leave the others in it.
+        with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
+            values = {
+                kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape).to(engine.device)
+                for kind in ("weight", "master", *MOMENTS)
+                if f"{name}/{kind}" in saved
+            }
         _set_weight(param, values["weight"])
         _set_full(engine, masters, param, values.get("master", values["weight"]), None)
         for moment in MOMENTS:

@@ -35,7 +35,7 @@ from uoe_parallel.parallel.sharding import partition_dim
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES, TrainingEngine
 from uoe_parallel.training.generation import sample
-from uoe_parallel.training.metrics import MetricsWriter, Values, bits_per_byte
+from uoe_parallel.training.metrics import Kind, MetricsWriter, Values, bits_per_byte
 from uoe_parallel.training.routing_report import routing_report
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
@@ -188,9 +188,7 @@ class Trainer:
         self._check_tokens(batches, dataset.prefix)
         loss = self.engine.evaluate(batches)
         values = {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
-        # A finished run that is started again evaluates again, and records it once.
-        if self.metrics is not None and not self.metrics.has(self.step, split):
-            self.metrics.write(self.step, split, values)
+        self._record(split, values)
         self.console.say(
             f"{split}: loss {loss:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte "
             f"after step {self.step}"
@@ -326,9 +324,21 @@ class Trainer:
             **{f"seconds/{part}": value for part, value in seconds.items()},
             **routing,
         }
-        if self.metrics is not None:
-            self.metrics.write(self.step, "train", values)
+        self._record("train", values)
         self.console.report(self.step, values)
+
+    def _record(self, kind: Kind, values: Values) -> None:
+        """Write to the run's record. Collective over all ranks.
+
+        An evaluation is written once: a finished run that is started again repeats it.
+        """
+        action = f"the metrics of step {self.step} cannot be written to {self.run_dir}"
+        mend = "Checkpoints are untouched: see that there is room, then start again to resume"
+        with shared_fate(action, mend, self.groups.world):
+            if self.metrics is not None and (
+                kind == "train" or not self.metrics.has(self.step, kind)
+            ):
+                self.metrics.write(self.step, kind, values)
 
     def _logs_next_step(self) -> bool:
         return (self.step + 1) % self.config.logging.every == 0
