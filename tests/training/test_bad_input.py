@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -145,6 +149,37 @@ def test_run_folder_that_is_a_file(ranks: Ranks, tmp_path: Path) -> None:
     message = only_complaint(ranks(2).run(call_program, "--config", path, timeout=SECONDS))
     assert str(tmp_path / "run") in message and "run_dir" in message
     assert (tmp_path / "run").read_text() == "precious"
+
+
+def _call_program_where(rank: int, owner: str, method: str, *arguments: str | Path) -> Outcome:
+    """Call the program, with a method of the disk's failing on one rank."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "the-broken-disk")
+
+    broken = f"uoe_parallel.{owner}.{method}" if int(os.environ["RANK"]) == rank else None
+    with mock.patch(broken, fail) if broken else nullcontext():
+        return call_program(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("rank", "owner", "method"),
+    [
+        (0, "training.metrics.MetricsWriter", "write"),
+        (1, "checkpoint.reader.CheckpointReader", "read"),
+    ],
+)
+def test_disk_that_fails_one_rank_ends_all(
+    ranks: Ranks, tmp_path: Path, rank: int, owner: str, method: str
+) -> None:
+    path = write_run(tmp_path, parallel={"tensor": 2}, training={"steps": 1})
+    for outcome in ranks(2).run(call_program, "--config", path):
+        assert outcome.code == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    arguments = (rank, owner, method, "--config", path, "training.steps=2")
+    message = only_complaint(ranks(2).run(_call_program_where, *arguments, timeout=SECONDS))
+    assert "the-broken-disk" in message and str(tmp_path / "run") in message
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step-00000001"]
 
 
 def test_loss_that_is_not_a_number_leaves_the_last_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
