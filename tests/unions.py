@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests import reference
-from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.dispatch.dispatcher import Experts, run_replicated, run_sharded
 from uoe_parallel.experts.attention import DenseAttentionWeights, SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend, LoopBackend
 from uoe_parallel.experts.mlp import DenseMLPWeights, UnionOfMLPExperts
@@ -239,7 +239,9 @@ def _outcome(y: Tensor, upstream: Tensor, leaves: dict[str, Tensor]) -> Outcome:
 
 def start(tensor: int, *, sequence_parallel: bool) -> ParallelGroups:
     """Groups of this rank's world in tensor groups of `tensor` ranks."""
-    layout = ParallelLayout(dist.get_world_size(), tensor, sequence_parallel, zero_stage=0)
+    layout = ParallelLayout(
+        dist.get_world_size(), tensor, 1, tensor, sequence_parallel, zero_stage=0
+    )
     return start_groups(layout)
 
 
@@ -280,6 +282,13 @@ def weight_gradients(
     return named_weights(union.to_dense())
 
 
+def run_experts(x: Tensor, routing: Routing, experts: Experts, groups: ParallelGroups) -> Tensor:
+    """In the parallel form that suits the layout."""
+    if not groups.layout.sequence_parallel:
+        return run_replicated(x, routing, experts, groups.tensor)
+    return run_sharded(x, routing, experts, groups.tensor, groups.tensor.size())
+
+
 def run_routed(
     problem: Problem,
     groups: ParallelGroups,
@@ -293,8 +302,7 @@ def run_routed(
     block = DenseBlock(union, group=groups.tensor, sequence_parallel=sharded)
     x = local(t.x, groups).requires_grad_()
     gates = local(t.gates, groups).requires_grad_()
-    run = run_sharded if sharded else run_replicated
-    y = block.add_bias(run(x, Routing(local(t.mask, groups), gates), union, groups.tensor))
+    y = block.add_bias(run_experts(x, Routing(local(t.mask, groups), gates), union, groups))
     y.backward(local(t.upstream, groups))
     assert x.grad is not None and gates.grad is not None
     return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **weight_gradients(union)}

@@ -27,16 +27,16 @@ from tests.unions import (
     expected_routed,
     layout_id,
     local,
+    run_experts,
     run_routed,
     start,
 )
-from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.routing.router import Routing
 
 LAYOUTS = [
-    ParallelLayout(world, tensor, sequence_parallel=sharded, zero_stage=0)
+    ParallelLayout(world, tensor, 1, tensor, sequence_parallel=sharded, zero_stage=0)
     for world, tensor in [(1, 1), (2, 2), (4, 4), (4, 2)]
     for sharded in (False, True)
     if tensor > 1 or not sharded
@@ -220,7 +220,6 @@ class _RecordingExperts:
 def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
     """Rows carry the number of their token, position * batch + sequence."""
     groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
-    run = run_sharded if layout.sequence_parallel else run_replicated
     traces = []
     for problem in batch:
         t = problem.tensors()
@@ -229,7 +228,7 @@ def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
         gates = local(t.gates, groups).requires_grad_()
         experts = _RecordingExperts(groups.tensor_rank * t.mask.shape[2] // layout.tensor)
         with _Collectives() as collectives:
-            y = run(x, Routing(local(t.mask, groups), gates), experts, groups.tensor)
+            y = run_experts(x, Routing(local(t.mask, groups), gates), experts, groups)
             y.backward(torch.ones_like(y))
         traces.append(Trace(experts.visits, experts.rows, collectives.calls))
     return traces

@@ -77,7 +77,7 @@ def test_local_plan_lists_the_pairs_of_the_ranks_experts(mask: Tensor, rank: int
 def _plan_all(batch: list[Tensor], tensor: int) -> list[RoutePlan]:
     groups = start(tensor, sequence_parallel=True)
     return [
-        plan_exchange(mask.chunk(tensor)[groups.tensor_rank].contiguous(), groups.tensor)
+        plan_exchange(mask.chunk(tensor)[groups.tensor_rank].contiguous(), groups.tensor, tensor)
         for mask in batch
     ]
 

@@ -176,7 +176,7 @@ def test_unions_compute_the_reference_with_every_backend(
     ranks: Ranks, backend: Backend, dtype: torch.dtype, tolerance: Tolerance
 ) -> None:
     """With weights as they lie in Megatron's linears, an expert without rows and a rank too."""
-    layout = ParallelLayout(2, 2, sequence_parallel=True, zero_stage=0)
+    layout = ParallelLayout(2, 2, 1, 2, sequence_parallel=True, zero_stage=0)
     by_rank = ranks(2).run(_run_unions, backend, dtype, layout)
     for i, problem in enumerate(PROBLEMS):
         found = [outcomes[i] for outcomes in by_rank]

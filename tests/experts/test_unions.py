@@ -43,11 +43,11 @@ PROBLEMS = [
     for n in [spec.num_experts]
 ]
 LAYOUTS = [
-    ParallelLayout(1, 1, sequence_parallel=False, zero_stage=0),
-    ParallelLayout(2, 2, sequence_parallel=False, zero_stage=0),
-    ParallelLayout(2, 2, sequence_parallel=True, zero_stage=0),
-    ParallelLayout(4, 4, sequence_parallel=False, zero_stage=0),
-    ParallelLayout(4, 4, sequence_parallel=True, zero_stage=0),
+    ParallelLayout(1, 1, 1, 1, sequence_parallel=False, zero_stage=0),
+    ParallelLayout(2, 2, 1, 2, sequence_parallel=False, zero_stage=0),
+    ParallelLayout(2, 2, 1, 2, sequence_parallel=True, zero_stage=0),
+    ParallelLayout(4, 4, 1, 4, sequence_parallel=False, zero_stage=0),
+    ParallelLayout(4, 4, 1, 4, sequence_parallel=True, zero_stage=0),
 ]
 
 
@@ -68,6 +68,7 @@ def _all_on(problem: Problem, groups: ParallelGroups, gate: str) -> RoutedBlock:
         router_init=torch.zero_,
         loss_weight_per_sequence=1.0,
         group=groups.tensor,
+        expert_group=groups.expert,
         sequence_parallel=groups.layout.sequence_parallel,
     )
 
@@ -111,7 +112,7 @@ def test_all_experts_with_gates_of_one_are_the_dense_block(
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_dense_weights_survive_a_round_trip_exactly(ranks: Ranks, tensor: int) -> None:
-    layout = ParallelLayout(tensor, tensor, sequence_parallel=False, zero_stage=0)
+    layout = ParallelLayout(tensor, tensor, 1, tensor, sequence_parallel=False, zero_stage=0)
     for outcomes in ranks(tensor).run(_round_trip, layout):
         for problem, found in zip(PROBLEMS, outcomes, strict=True):
             full = named_weights(problem.tensors().weights)

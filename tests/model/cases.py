@@ -86,8 +86,10 @@ def hidden_and_gradients(config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
     shards = [torch.empty_like(hidden) for _ in range(groups.tensor.size())]
     dist.all_gather(shards, hidden.detach().contiguous(), group=groups.tensor)
     whole = torch.cat(shards) if groups.layout.sequence_parallel else shards[0]
-    for param in model.head.parameters():  # not reached
-        param.grad = torch.zeros_like(param)
+    for module in (model.final_norm, model.head):  # not reached
+        assert module is not None
+        for param in module.parameters():
+            param.grad = torch.zeros_like(param)
     return whole, full_gradients(model, groups)
 
 

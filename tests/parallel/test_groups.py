@@ -16,10 +16,12 @@ from uoe_parallel.parallel.groups import (
     world_size_from_environment,
 )
 from uoe_parallel.parallel.layout import ParallelLayout
-from uoe_parallel.parallel.mpu import ModelParallelUnit
 
 
 def _places(tensor: int) -> dict[str, object]:
+    # DeepSpeed picks its accelerator when it is imported.
+    from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit
+
     groups = start(tensor, sequence_parallel=False)
     mpu = ModelParallelUnit(groups)
     return {
@@ -52,12 +54,12 @@ def _places(tensor: int) -> dict[str, object]:
 
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 1), (4, 2), (4, 4)])
 def test_groups_are_those_of_the_layout(ranks: Ranks, world_size: int, tensor: int) -> None:
-    layout = ParallelLayout(world_size, tensor, sequence_parallel=False, zero_stage=0)
+    layout = ParallelLayout(world_size, tensor, 1, tensor, sequence_parallel=False, zero_stage=0)
     everybody = range(world_size)
     for rank, found in enumerate(ranks(world_size).run(_places, tensor)):
-        tensor_rank, data_rank = layout.tensor_rank(rank), layout.data_rank(rank)
-        tensor_group = [r for r in everybody if layout.data_rank(r) == data_rank]
-        data_group = [r for r in everybody if layout.tensor_rank(r) == tensor_rank]
+        tensor_rank, data_rank = layout.coordinates(rank).tensor, layout.coordinates(rank).data
+        tensor_group = [r for r in everybody if layout.coordinates(r).data == data_rank]
+        data_group = [r for r in everybody if layout.coordinates(r).tensor == tensor_rank]
         assert found == {
             "world": list(everybody),
             "tensor": tensor_group,

@@ -44,7 +44,7 @@ def _config(**changes: object) -> RunConfig:
 def test_every_rank_has_one_place(tensor: int, data: int) -> None:
     layout = _layout(tensor * data, tensor)
     assert (layout.tensor, layout.data, layout.zero_stage) == (tensor, data, 2)
-    places = [(layout.data_rank(r), layout.tensor_rank(r)) for r in range(tensor * data)]
+    places = [(c.data, c.tensor) for c in map(layout.coordinates, range(tensor * data))]
     # Tensor ranks are neighbours: rank = data rank x tensor + tensor rank.
     assert places == [(d, t) for d in range(data) for t in range(tensor)]
 

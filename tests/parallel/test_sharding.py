@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 from tests.harness import Ranks
 from tests.unions import start
+from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.sharding import (
     Shard,
     gather_full,
@@ -96,11 +98,17 @@ def test_shape_outlives_data_that_zero_took_away() -> None:
     assert shard_of(parameter, _group(2, 1)) == Shard((2, 3), (4, 3), (2, 0))
 
 
+def _alone() -> ParallelGroups:
+    layout = ParallelLayout(1, 1, 1, 1, sequence_parallel=False, zero_stage=0)
+    group = _group(1, 0)
+    return ParallelGroups(layout, 0, group, group, group, group, group, group)
+
+
 def test_a_tied_parameter_is_listed_once() -> None:
     model = nn.Module()
     model.first, model.other = nn.Linear(2, 3, bias=False), nn.Linear(2, 3)
     model.other.weight = model.first.weight
-    found = {name: shard.shape for name, _, shard in named_shards(model, _group(1, 0))}
+    found = {name: shard.shape for name, _, shard in named_shards(model, _alone())}
     assert found == {"first.weight": (3, 2), "other.bias": (3,)}
 
 

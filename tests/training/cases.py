@@ -36,12 +36,14 @@ def global_batch(config: RunConfig, step: int) -> MicroBatch:
 
 def run_engine(config: RunConfig) -> Outcome:
     """STEPS optimizer steps under the config's layout."""
-    from uoe_parallel.training.engine import TrainingEngine
+    from uoe_parallel.training.engine import DTYPES
+    from uoe_parallel.training.pipeline import build_engine
     from uoe_parallel.training.state import capture
 
     groups = start(config)
-    model = build_model(config, groups)
-    engine = TrainingEngine(model, config, groups, torch.device("cpu"))
+    precision = DTYPES[config.training.precision]
+    model = build_model(config, groups, torch.promote_types(precision, torch.float32))
+    engine = build_engine(model, config, groups, torch.device("cpu"))
     timer = StepTimer(lambda: None)
     results = []
     for step in range(STEPS):
@@ -53,7 +55,7 @@ def run_engine(config: RunConfig) -> Outcome:
         mine = list(starmap(MicroBatch, shares))[groups.data_rank :: groups.layout.data]
         results.append(engine.step(mine, step, timer))
     masters = config.training.precision == "bf16"
-    pieces = capture(engine.deepspeed, groups, masters=masters)
+    pieces = capture(engine.deepspeed, model, groups, masters=masters)
     losses, norms, _ = zip(*results, strict=True)
     return Outcome(list(losses), list(norms), pieces)
 

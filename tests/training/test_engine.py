@@ -16,20 +16,13 @@ from tests.training.cases import (
     run_engine,
     run_plainly,
 )
+from uoe_parallel.config.schema import ParallelConfig
+from uoe_parallel.parallel.layout import supported_layouts, with_parallel
 
 LAYOUTS = [
-    pytest.param(world, tensor, sp, zero, id=f"{world} ranks, tp{tensor}, sp {sp}, zero{zero}")
-    for world, tensor, sp in [
-        (1, 1, False),
-        (2, 1, False),
-        (2, 2, True),
-        (2, 2, False),
-        (4, 2, True),
-        (4, 2, False),
-        (4, 4, True),
-        (4, 4, False),
-    ]
-    for zero in range(4)
+    pytest.param(world, parallel, id=name)
+    for world in (1, 2, 4, 8)
+    for name, parallel in supported_layouts(tiny_config(), world).items()
 ]
 
 
@@ -39,22 +32,12 @@ def plain(ranks: Ranks) -> Outcome:
     return ranks(1).run(run_plainly, tiny_config())[0]
 
 
-@pytest.mark.parametrize(("world", "tensor", "sequence_parallel", "zero_stage"), LAYOUTS)
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
 def test_steps_equal_plain_torch_on_one_rank(
-    ranks: Ranks,
-    plain: Outcome,
-    world: int,
-    tensor: int,
-    sequence_parallel: bool,
-    zero_stage: int,
+    ranks: Ranks, plain: Outcome, world: int, parallel: ParallelConfig
 ) -> None:
-    parallel = {
-        "tensor": tensor,
-        "sequence_parallel": sequence_parallel,
-        "zero_stage": zero_stage,
-    }
     # One sequence each: one to four micro-batches a step.
-    config = tiny_config(parallel=parallel, training={"micro_batch_size": 1})
+    config = with_parallel(tiny_config(training={"micro_batch_size": 1}), parallel)
     outcomes = ranks(world).run(run_engine, config)
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(plain.losses, rel=2e-5)

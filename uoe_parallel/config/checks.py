@@ -107,14 +107,25 @@ def _top_k(name: str, routing: RoutingConfig, experts: int, *fields: str) -> Ite
 
 def ranks_split_experts(config: RunConfig) -> Iterator[Fault]:
     experts = config.feed_forward.num_experts
-    tensor = config.parallel.tensor
-    yield from _divides("feed_forward.num_experts", experts, "parallel.tensor", tensor)
+    yield from _ranks_split("feed_forward.num_experts", experts, "feed_forward", config)
 
 
 def ranks_split_kv_heads(config: RunConfig) -> Iterator[Fault]:
     field, other = _kv_fields(config)
-    tensor = config.parallel.tensor
-    yield from _divides(field, config.model.kv_heads, "parallel.tensor", tensor, other)
+    yield from _ranks_split(field, config.model.kv_heads, "attention", config, other)
+
+
+def _ranks_split(
+    field: str, experts: int, kind: str, config: RunConfig, *others: str
+) -> Iterator[Fault]:
+    """Every rank that shares a block's experts holds equally many of them."""
+    routing: RoutingConfig = getattr(config, kind)
+    parallel = config.parallel
+    yield from _divides(field, experts, "parallel.tensor", parallel.tensor, *others)
+    wide = parallel.expert is not None and routing.spread == "expert" and _routed(routing)
+    if wide and experts % parallel.tensor == 0:
+        used = ("parallel.tensor", f"{kind}.spread", f"{kind}.routed_layers", *others)
+        yield from _divides(field, experts, "parallel.expert", parallel.expert_size, *used)
 
 
 def ranks_split_vocabulary(config: RunConfig) -> Iterator[Fault]:
@@ -196,16 +207,82 @@ def validation_has_data(config: RunConfig) -> Iterator[Fault]:
         yield Fault(fields, every, problem, "give data.validation, or use 0")
 
 
+def experts_widen_tensor_groups(config: RunConfig) -> Iterator[Fault]:
+    """An expert group is a run of whole tensor groups, and rows are exchanged within it."""
+    parallel = config.parallel
+    if parallel.expert is None:
+        return
+    yield from _divides("parallel.expert", parallel.expert, "parallel.tensor", parallel.tensor)
+    if parallel.expert > parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield Fault(
+            ("parallel.sequence_parallel", "parallel.expert", "parallel.tensor"),
+            False,
+            f"leaves tokens on every tensor rank, and an expert group of {parallel.expert} ranks "
+            f"would compute them {parallel.tensor} times",
+            f"set it to true, or parallel.expert = {parallel.tensor}",
+        )
+
+
+def zero_stage_suits_axes(config: RunConfig) -> Iterator[Fault]:
+    parallel = config.parallel
+    stage = parallel.zero_stage
+    if parallel.pipeline > 1 and stage > 1:
+        yield Fault(
+            ("parallel.zero_stage", "parallel.pipeline"),
+            stage,
+            f"can't be combined with parallel.pipeline = {parallel.pipeline}: a pipeline adds up "
+            "the gradients of its micro-batches before it reduces them, and DeepSpeed's ZeRO 2 "
+            "and 3 cut gradients up in every backward pass",
+            "use 1, or parallel.pipeline = 1",
+        )
+    if parallel.expert_size > parallel.tensor and stage == 3:
+        yield Fault(
+            ("parallel.zero_stage", "parallel.expert", "parallel.tensor"),
+            stage,
+            f"can't be combined with parallel.expert = {parallel.expert}: ZeRO 3 cuts every "
+            "parameter over all data-parallel ranks, and those of an expert group hold different "
+            "experts",
+            f"use 2, or parallel.expert = {parallel.tensor}",
+        )
+    if config.training.precision == "fp64" and stage > 0:
+        yield Fault(
+            ("parallel.zero_stage", "training.precision"),
+            stage,
+            "can't be combined with training.precision = \"fp64\": DeepSpeed's ZeRO keeps its "
+            "masters in fp32",
+            "use 0",
+        )
+
+
+def stages_have_layers(config: RunConfig) -> Iterator[Fault]:
+    stages, layers = config.parallel.pipeline, config.model.num_layers
+    if stages > layers:
+        yield Fault(
+            ("parallel.pipeline", "model.num_layers"),
+            stages,
+            f"is more than model.num_layers = {layers}",
+            f"use at most {layers}",
+        )
+
+
+PARALLEL_RULES: tuple[Rule, ...] = (
+    ranks_split_experts,
+    ranks_split_kv_heads,
+    ranks_split_vocabulary,
+    ranks_split_sequence,
+    experts_widen_tensor_groups,
+    zero_stage_suits_axes,
+    stages_have_layers,
+)
+"""What axes and ZeRO stages need of the config and of each other."""
+
 RULES: tuple[Rule, ...] = (
     heads_split_hidden,
     kv_heads_split_heads,
     experts_split_ffn,
     feed_forward_top_k,
     attention_top_k,
-    ranks_split_experts,
-    ranks_split_kv_heads,
-    ranks_split_vocabulary,
-    ranks_split_sequence,
+    *PARALLEL_RULES,
     feed_forward_layers,
     attention_layers,
     micro_batches_fill_batch,

@@ -70,14 +70,16 @@ def _derived(config: RunConfig) -> list[_Setting]:
             "training.micro_batch_size",
         ),
         # Always written, since DeepSpeed clips at 1.0 unless told otherwise; 0 means off there
-        # too. The norm does not hang on it: ZeRO 1-3 and bf16 compute it anyway, and plain fp32
-        # without ZeRO never keeps it, however it clips.
+        # too.
         _Setting("gradient_clipping", training.gradient_clipping, "training.gradient_clipping"),
         _Setting("zero_optimization.stage", config.parallel.zero_stage, "parallel.zero_stage"),
         # An expert that no token chose has no gradient, which is not a mistake.
         _Setting("zero_optimization.ignore_unused_parameters", True),
         _Setting("bf16.enabled", training.precision == "bf16", "training.precision"),
         _Setting("fp16.enabled", False, "training.precision"),
+        # On by default, and it corrupts activations that sequence parallelism has cut already.
+        _Setting("pipeline.pipe_partitioned", False),
+        _Setting("pipeline.grad_partitioned", False),
         # DeepSpeed knows only its own optimizers as tested with ZeRO and with offloading.
         _Setting("zero_allow_untested_optimizer", True),
         _Setting("zero_force_ds_cpu_optimizer", False),

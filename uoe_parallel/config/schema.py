@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
 
 
 class Section(BaseModel):
@@ -33,6 +33,9 @@ class RoutingConfig(Section):
     """Weight of the auxiliary load-balance loss (per sequence), summed over routed layers."""
     z_loss: NonNegativeFloat = 0.001
     """Weight of the router z-loss (mean squared log-sum-exp of the scores), summed likewise."""
+    spread: Literal["tensor", "expert"] = "tensor"
+    """The ranks that share the experts of a routed block: those of a tensor group, or those of an
+    expert group (parallel.expert), which may reach over data-parallel ranks."""
 
     def routes(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is routed."""
@@ -45,6 +48,7 @@ class FeedForwardConfig(RoutingConfig):
     """The feed-forward block: `num_experts` equal slices of one dense block."""
 
     num_experts: PositiveInt = 8
+    spread: Literal["tensor", "expert"] = "expert"
 
 
 class AttentionConfig(RoutingConfig):
@@ -81,13 +85,22 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How ranks share the model. Data-parallel size is world size / tensor."""
+    """How ranks share the model. Data-parallel size is world size / (tensor x pipeline)."""
 
     tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    """Stages that the layers are cut into, of about equal cost."""
+    expert: PositiveInt | None = None
+    """Ranks of an expert group, a multiple of tensor: null means tensor. A larger one reaches over
+    data-parallel ranks, so that each holds fewer experts and tokens travel between them."""
     sequence_parallel: bool = True
     """Shard tokens over the tensor group between blocks (all-to-all dispatch); without it
     tokens are replicated there and sums are all-reduced. No effect with tensor = 1."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+
+    @property
+    def expert_size(self) -> int:
+        return self.expert or self.tensor
 
 
 class DataConfig(Section):
@@ -106,6 +119,7 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt
     precision: Precision = "fp32"
+    """Of weights and activations. fp64 is for proofs, such as those of layouts, without ZeRO."""
     learning_rate: float = Field(gt=0)
     min_learning_rate: NonNegativeFloat = 0.0
     router_learning_rate: float | None = Field(default=None, gt=0)
@@ -154,3 +168,17 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
+
+    @property
+    def routed_blocks(self) -> dict[str, int]:
+        """The model's routed blocks by name, such as "layers.3.attention", and their experts."""
+        kinds = {
+            "attention": (self.attention, self.model.kv_heads),
+            "feed_forward": (self.feed_forward, self.feed_forward.num_experts),
+        }
+        return {
+            f"layers.{layer}.{kind}": experts
+            for layer in range(self.model.num_layers)
+            for kind, (routing, experts) in kinds.items()
+            if routing.routes(layer)
+        }

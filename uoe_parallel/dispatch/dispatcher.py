@@ -16,14 +16,17 @@ Experts = Callable[[Tensor, Tensor, Assignment], Tensor]
 """(rows [R, D], gates [N], assignment) to the gated sum of each row's experts [R, D]."""
 
 
-def run_sharded(x_SBD: Tensor, routing: Routing, experts: Experts, group: ProcessGroup) -> Tensor:
-    """Tokens sharded over the sequence: rows travel to the experts and sums travel back.
+def run_sharded(
+    x_SBD: Tensor, routing: Routing, experts: Experts, group: ProcessGroup, num_shards: int
+) -> Tensor:
+    """Tokens spread over the ranks: rows travel to the experts and sums travel back.
 
-    x_SBD: this rank's shard. Each row crosses to a rank at most once, however many of its
-    experts live there; those add their results up before the one row returns. Collective over
-    the group, forward and backward, also for ranks without a token.
+    x_SBD: this rank's tokens, one of `num_shards` shards of its sequences. Each row crosses to a
+    rank at most once, however many of its experts live there; those add their results up before
+    the one row returns. Collective over the group, forward and backward, also for ranks without a
+    token.
     """
-    plan = plan_exchange(routing.mask_SBE, group)
+    plan = plan_exchange(routing.mask_SBE, group, num_shards)
     x_TD = x_SBD.flatten(0, 1)
     gates_TE = routing.gates_SBE.flatten(0, 1)
     rows_RD = comm.all_to_all(

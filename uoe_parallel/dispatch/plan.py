@@ -33,12 +33,14 @@ class RoutePlan:
 
 
 @torch.no_grad()
-def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
-    """Plan an all-to-all over `group` for tokens sharded over the sequence.
+def plan_exchange(mask_SBE: Tensor, group: ProcessGroup, num_shards: int) -> RoutePlan:
+    """Plan an all-to-all over `group` for tokens that are spread over it.
 
-    mask_SBE: bool; rank p of the group holds positions [p S, (p + 1) S) and experts
-    [p E/P, (p + 1) E/P). A token's row goes once to every rank that holds one of its experts.
-    Collective over the group: one exchange of counts, one of expert ids.
+    mask_SBE: bool. Every run of `num_shards` ranks of the group shares B sequences, each rank a
+    shard of S positions: rank p holds positions [q S, (q + 1) S), q = p % num_shards, of the
+    sequences of run p // num_shards, and experts [p E/P, (p + 1) E/P). A token's row goes once to
+    every rank that holds one of its experts. Collective over the group: one exchange of counts,
+    one of expert ids.
     """
     length, batch, num_experts = mask_SBE.shape
     num_ranks, num_local = group.size(), num_experts // group.size()
@@ -57,18 +59,19 @@ def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
 
     ids = comm.all_to_all(pair_token * num_local + local_expert, receive_pairs, send_pairs, group)
     source = torch.repeat_interleave(received_P2[:, 1], output_size=ids.shape[0])
-    # Numbered over the group, tokens stay ordered by position: shards follow each other.
+    # As they come, tokens of a sequence are ordered by position: its shards follow each other.
     token_N = source * num_tokens + ids // num_local
+    local_position, local_sequence = ids // num_local // batch, ids // num_local % batch
     is_new_row = torch.ones_like(token_N, dtype=torch.bool)
     is_new_row[1:] = token_N[1:] != token_N[:-1]
     assignment, order = sort_pairs(
         row_N=is_new_row.cumsum(0) - 1,
         expert_N=ids % num_local,
-        sequence_N=token_N % batch,
-        position_N=token_N // batch,
+        sequence_N=source // num_shards * batch + local_sequence,
+        position_N=source % num_shards * length + local_position,
         num_rows=sum(receive_rows),
         num_experts=num_local,
-        num_sequences=batch,
+        num_sequences=num_ranks // num_shards * batch,
     )
     return RoutePlan(
         assignment=assignment,

@@ -75,9 +75,10 @@ class DenseBlock(nn.Module):
 class RoutedBlock(DenseBlock):
     """A union of experts behind a router: scores, routing, dispatch, experts, combine.
 
-    `loss_weight_per_sequence` turns sums of a sequence's balance losses into the share of the
-    step's loss that this rank's backward pass must carry: data-parallel size / global batch size
-    under gradient averaging.
+    `experts` lie over `expert_group`: the tensor group `group`, or more ranks around it that hold
+    other sequences. `loss_weight_per_sequence` turns sums of a sequence's balance losses into the
+    share of the step's loss that this rank's backward pass must carry: data-parallel size / global
+    batch size under gradient averaging.
     """
 
     def __init__(
@@ -91,9 +92,12 @@ class RoutedBlock(DenseBlock):
         router_init: Callable[[Tensor], Tensor],
         loss_weight_per_sequence: float,
         group: ProcessGroup,
+        expert_group: ProcessGroup,
         sequence_parallel: bool,
     ) -> None:
         super().__init__(experts, group=group, sequence_parallel=sequence_parallel)
+        self.expert_group = expert_group
+        self.spreads_tokens = sequence_parallel or expert_group.size() > group.size()
         self.routing = routing
         self.router = Router(routing)
         weight = router_init(torch.empty(num_experts, hidden_size))
@@ -102,14 +106,19 @@ class RoutedBlock(DenseBlock):
         self.statistics = RoutingStatistics.zeros(num_experts)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        """[S or S/P, B, D] to the same shape. Collective over the tensor group."""
+        """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
         scores_SBE = self._scores(x_SBD)
         routing = Routing(self._select(scores_SBE), self.router.gate(scores_SBE))
-        run = run_sharded if self.sequence_parallel else run_replicated
-        y_SBD = self.add_bias(run(x_SBD, routing, self.experts, self.group))
+        y_SBD = self.add_bias(self._run(x_SBD, routing))
         if not torch.is_grad_enabled():
             return y_SBD
         return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))
+
+    def _run(self, x_SBD: Tensor, routing: Routing) -> Tensor:
+        if not self.spreads_tokens:
+            return run_replicated(x_SBD, routing, self.experts, self.expert_group)
+        num_shards = self.group.size()
+        return run_sharded(x_SBD, routing, self.experts, self.expert_group, num_shards)
 
     def _scores(self, x_SBD: Tensor) -> Tensor:
         precise = torch.promote_types(x_SBD.dtype, torch.float32)

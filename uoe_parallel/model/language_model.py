@@ -7,23 +7,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.config.schema import RoutingConfig, RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.initialization import Initializer
 from uoe_parallel.model.norm import RMSNorm
+from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.sharding import mark_wide, partition_dim
 
 
 class LayerBuilder:
@@ -60,7 +64,7 @@ class LayerBuilder:
             config=self.megatron,
             qkv_init=self.init.normal(f"{name}.qkv", model.init_std),
             output_init=self.init.normal(f"{name}.output", self._output_std()),
-            group=self.groups.tensor,
+            group=self._expert_group(self.config.attention, layer),
         )
         return self._block(experts, model.kv_heads, layer, "attention")
 
@@ -77,7 +81,7 @@ class LayerBuilder:
             config=self.megatron,
             fc1_init=self.init.normal(f"{name}.fc1", model.init_std),
             fc2_init=self.init.normal(f"{name}.fc2", self._output_std()),
-            group=self.groups.tensor,
+            group=self._expert_group(self.config.feed_forward, layer),
         )
         return self._block(experts, num_experts, layer, "feed_forward")
 
@@ -86,6 +90,11 @@ class LayerBuilder:
         tensor, sequence_parallel = self.groups.tensor, self.groups.layout.sequence_parallel
         if not routing.routes(layer):
             return DenseBlock(experts, group=tensor, sequence_parallel=sequence_parallel)
+        expert_group = self._expert_group(routing, layer)
+        if expert_group.size() > tensor.size():
+            for param in experts.parameters():
+                if partition_dim(param) is not None:
+                    mark_wide(param, expert_group)
         return RoutedBlock(
             experts,
             routing,
@@ -98,8 +107,14 @@ class LayerBuilder:
             loss_weight_per_sequence=self.groups.layout.data
             / self.config.training.global_batch_size,
             group=tensor,
+            expert_group=expert_group,
             sequence_parallel=sequence_parallel,
         )
+
+    def _expert_group(self, routing: RoutingConfig, layer: int) -> ProcessGroup:
+        """The ranks that share a block's experts; a dense block is cut like Megatron's."""
+        wide = routing.spread == "expert" and routing.routes(layer)
+        return self.groups.expert if wide else self.groups.tensor
 
     def _output_std(self) -> float:
         # Residual branches start smaller the more of them add up (GPT-2).
@@ -142,13 +157,12 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and logits [S, B, V/P] of this rank's part of the vocabulary."""
+    """Logits [S, B, V/P] of this rank's part of the vocabulary."""
 
     def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
         super().__init__()
         model = builder.config.model
         self.tied = model.tie_embeddings
-        self.norm = builder.norm()
         self.logits = ColumnParallelLinear(
             model.hidden_size,
             vocab_size,
@@ -159,17 +173,21 @@ class Head(nn.Module):
             tp_group=builder.groups.tensor,
         )
 
-    def forward(self, x_SBD: Tensor, embedding: VocabParallelEmbedding) -> Tensor:
-        # The tied weight is asked for here, inside the module that uses it: ZeRO 3 gathers it
-        # for this forward and backward pass then, and not for longer.
-        weight = embedding.weight if self.tied else None
-        return self.logits(self.norm(x_SBD), weight=weight)[0]
+    def forward(self, x_SBD: Tensor, embedding: Embedding | None = None) -> Tensor:
+        """`embedding` is asked for its weight where the two are tied."""
+        # That is done here, inside the module that uses it: ZeRO 3 gathers it for this forward
+        # and backward pass then, and not for longer.
+        assert self.tied == (embedding is not None)
+        weight = embedding.tokens.weight if embedding is not None else None
+        return self.logits(x_SBD, weight=weight)[0]
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer whose blocks are unions of experts.
+    """A causal transformer whose blocks are unions of experts, or one pipeline stage of it.
 
     `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something.
+    Parameters have the same names whatever the stage: layers are numbered over the whole model. A
+    tied embedding is built on the first and on the last stage.
     """
 
     def __init__(
@@ -184,37 +202,76 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         builder = LayerBuilder(config, groups, backend, dtype)
-        self.group = groups.tensor
+        self.groups = groups
+        self.sequence_parallel = groups.layout.sequence_parallel
+        self.num_layers = config.model.num_layers
         self.used_vocab_size = used_vocab_size
-        self.embedding = Embedding(builder, vocab_size)
-        self.layers = nn.ModuleList(
-            TransformerBlock(builder, layer) for layer in range(config.model.num_layers)
+        self.tied = config.model.tie_embeddings
+        self.stage_layers = stage_layers(config, groups.pipe.size(), vocab_size)
+        first, last = groups.is_first_stage, groups.is_last_stage
+        self.embedding = Embedding(builder, vocab_size) if first or (last and self.tied) else None
+        self.layers = nn.ModuleDict(
+            {str(n): TransformerBlock(builder, n) for n in self.stage_layers[groups.stage]}
         )
-        self.head = Head(builder, vocab_size)
+        self.final_norm = builder.norm() if last else None
+        self.head = Head(builder, vocab_size) if last else None
 
-    def hidden(self, tokens_BS: Tensor) -> Tensor:
-        """Hidden states before the head, [S or S/P, B, D]."""
-        x_SBD = self.embedding(tokens_BS)
-        for layer in self.layers:
-            x_SBD = layer(x_SBD)
-        return x_SBD
+    @property
+    def num_shards(self) -> int:
+        """Ranks that a sequence's tokens lie over between blocks."""
+        return self.groups.tensor.size() if self.sequence_parallel else 1
+
+    def stage(self, x: Tensor) -> Tensor:
+        """This stage's part: of ids [B, S] on the first, of hidden states elsewhere, to logits
+        [S, B, V/P] on the last and hidden states [S or S/P, B, D] elsewhere."""
+        return self.logits(self.hidden(x)) if self.groups.is_last_stage else self.hidden(x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Hidden states after this stage's layers, [S or S/P, B, D]."""
+        if self.groups.is_first_stage:
+            assert self.embedding is not None
+            x = self.embedding(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+    def logits(self, x_SBD: Tensor) -> Tensor:
+        """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P]."""
+        assert self.final_norm is not None and self.head is not None
+        return self.head(self.final_norm(x_SBD), self.embedding if self.tied else None)
+
+    def tied_logits(self, embedding: Embedding, normed_SBD: Tensor) -> Tensor:
+        """The head alone, in the form in which DeepSpeed's pipeline calls a tied layer."""
+        assert self.head is not None
+        return self.head(normed_SBD, embedding)
+
+    def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), from this rank's
+        part of the vocabulary. The same on every rank of the tensor group."""
+        labels_SB = labels_BS.transpose(0, 1).contiguous()
+        if logits_SBV.dtype is torch.float64:  # which Megatron's would round
+            whole_SBV = comm.gather_last_dim(logits_SBV, self.groups.tensor)
+            return F.cross_entropy(whole_SBV.permute(1, 2, 0), labels_BS, reduction="none")
+        return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Cross entropy of every token, fp32 nats [B, S], or with no labels the logits of the
-        used vocabulary, [B, S, V]. The same on every rank of the tensor group.
+        """Cross entropy of every token [B, S], or with no labels the logits of the used vocabulary,
+        [B, S, V]. The same on every rank of the tensor group. For a model of one stage.
 
         tokens_BS, labels_BS: int64 ids below the vocabulary size. With sequence parallelism S
         must be a multiple of the tensor size.
         """
-        logits_SBV = self.head(self.hidden(tokens_BS), self.embedding.tokens)
-        if labels_BS is None:
-            logits_SBV = comm.gather_last_dim(logits_SBV, self.group)
-            return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)
-        labels_SB = labels_BS.transpose(0, 1).contiguous()
-        return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
+        assert self.groups.pipe.size() == 1
+        logits_SBV = self.stage(tokens_BS)
+        return self.whole(logits_SBV) if labels_BS is None else self.losses(logits_SBV, labels_BS)
+
+    def whole(self, logits_SBV: Tensor) -> Tensor:
+        """The logits of the used vocabulary [B, S, V] on every rank of the tensor group."""
+        logits_SBV = comm.gather_last_dim(logits_SBV, self.groups.tensor)
+        return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)
 
     def routed_blocks(self) -> dict[str, RoutedBlock]:
-        """The routed blocks by name, in order of depth."""
+        """The routed blocks of this stage by name, in order of depth."""
         return {
             name: module for name, module in self.named_modules() if isinstance(module, RoutedBlock)
         }
@@ -225,13 +282,18 @@ class LanguageModel(nn.Module):
 
         For decoding, where a step has too few tokens to shard.
         """
-        # Megatron's layers, like ours, look at this attribute in every forward pass.
-        sharded: list[Any] = [m for m in self.modules() if getattr(m, "sequence_parallel", False)]
-        for module in sharded:
-            module.sequence_parallel = False
+        # Megatron's layers, like ours, look at these attributes in every forward pass.
+        spread: list[tuple[Any, str]] = [
+            (module, name)
+            for module in self.modules()
+            for name in ("sequence_parallel", "spreads_tokens")
+            if getattr(module, name, False)
+        ]
+        for module, name in spread:
+            setattr(module, name, False)
         try:
             with torch.no_grad():
                 yield
         finally:
-            for module in sharded:
-                module.sequence_parallel = True
+            for module, name in spread:
+                setattr(module, name, True)

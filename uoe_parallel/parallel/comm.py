@@ -54,7 +54,8 @@ def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def gather_last_dim(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[..., V/P] shards to [..., V] on every rank; for decoding, not differentiated through."""
+    """[..., V/P] shards to [..., V] on every rank. Each rank's gradient must be that of the whole:
+    its own part of it is taken."""
     return mappings.gather_from_tensor_model_parallel_region(x, group=group)
 
 
@@ -96,6 +97,23 @@ def max_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
         if group.size() > 1:
             dist.all_reduce(largest, op=ReduceOp.MAX, group=group)
     return largest
+
+
+def send(x: Tensor, rank: int, group: ProcessGroup) -> None:
+    """Send `x`, contiguous, to a rank of `group`. Not differentiable."""
+    dist.send(x.detach().contiguous(), group=group, group_dst=rank)
+
+
+def receive(x: Tensor, rank: int, group: ProcessGroup) -> None:
+    """Fill `x`, contiguous, with what a rank of `group` sends."""
+    dist.recv(x, group=group, group_src=rank)
+
+
+def broadcast(x: Tensor, rank: int, group: ProcessGroup) -> Tensor:
+    """The `x` of a rank of `group` on all of them, written into theirs. Not differentiable."""
+    if group.size() > 1:
+        dist.broadcast(x, group=group, group_src=rank)
+    return x
 
 
 def gather_shards(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor:

@@ -26,6 +26,11 @@ class ParallelGroups:
     world: ProcessGroup
     tensor: ProcessGroup
     data: ProcessGroup
+    pipe: ProcessGroup
+    expert: ProcessGroup
+    """The ranks that share the experts of wide blocks; the tensor group itself if none are."""
+    expert_data: ProcessGroup
+    """The ranks that hold the same experts of wide blocks."""
 
     @property
     def tensor_rank(self) -> int:
@@ -34,6 +39,19 @@ class ParallelGroups:
     @property
     def data_rank(self) -> int:
         return self.data.rank()
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage."""
+        return self.pipe.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pipe.size() - 1
 
     @property
     def is_main(self) -> bool:
@@ -93,12 +111,26 @@ def start_groups(layout: ParallelLayout) -> ParallelGroups:
     assert dist.get_world_size() == layout.world_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
-    world = dist.group.WORLD
-    tensor = parallel_state.get_tensor_model_parallel_group()
-    data = parallel_state.get_data_parallel_group()
-    assert isinstance(world, ProcessGroup)
-    assert isinstance(tensor, ProcessGroup) and isinstance(data, ProcessGroup)
-    return ParallelGroups(layout, dist.get_rank(), world, tensor, data)
+    tensor = _started(parallel_state.get_tensor_model_parallel_group())
+    data = _started(parallel_state.get_data_parallel_group())
+    wide = layout.has_wide_experts
+    return ParallelGroups(
+        layout=layout,
+        rank=dist.get_rank(),
+        world=_started(dist.group.WORLD),
+        tensor=tensor,
+        data=data,
+        pipe=_started(parallel_state.get_pipeline_model_parallel_group()),
+        expert=_started(parallel_state.get_expert_model_parallel_group()) if wide else tensor,
+        expert_data=_started(parallel_state.get_expert_data_parallel_group()) if wide else data,
+    )
+
+
+def _started(group: object) -> ProcessGroup:
+    assert isinstance(group, ProcessGroup)
+    return group

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.groups import ParallelGroups
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,55 @@ def partition_dim(param: Tensor) -> int | None:
     return getattr(param, "partition_dim")  # noqa: B009 - set by megatron-core on the tensor
 
 
+def mark_wide(param: Tensor, group: ProcessGroup) -> None:
+    """Say that `param` is cut over an expert group that reaches over data-parallel ranks.
+
+    In DeepSpeed's own marks: it then averages the gradient over the ranks that hold the same
+    experts, which it finds by the group's name.
+    """
+    param.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+    param.group_name = wide_group_name(group.size())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wide_group_name(size: int) -> str:
+    """DeepSpeed's name of expert groups of `size` ranks."""
+    return f"ep_size_{size}"
+
+
+def is_wide(param: Tensor) -> bool:
+    return not getattr(param, "allreduce", True)
+
+
+def cut_group(param: Tensor, groups: ParallelGroups) -> ProcessGroup:
+    """The ranks that `param` is cut over, or would be if it were cut."""
+    return groups.expert if is_wide(param) else groups.tensor
+
+
+def replica_group(param: Tensor, groups: ParallelGroups) -> ProcessGroup:
+    """The ranks that hold the same part of `param` for other tokens."""
+    return groups.expert_data if is_wide(param) else groups.data
+
+
+def counts_once(param: Tensor, groups: ParallelGroups) -> bool:
+    """False for what another rank of the same replica of the model holds as well: whole parameters
+    on all tensor ranks but the first, and the copy of a tied weight on the last stage."""
+    if getattr(param, "ds_pipe_replicated", False):  # DeepSpeed's mark of such a copy
+        return False
+    return partition_dim(param) is not None or groups.tensor_rank == 0
+
+
+def is_owner(param: Tensor, groups: ParallelGroups) -> bool:
+    """Whether of all ranks that hold this part of `param` this is the one that counts."""
+    return counts_once(param, groups) and replica_group(param, groups).rank() == 0
+
+
 def parameter_shape(param: Tensor) -> tuple[int, ...]:
     """The local shape, also while ZeRO 3 has taken the data away."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def shard_of(param: Tensor, group: ProcessGroup) -> Shard:
-    """Where `param` lies in its full weight, cut over the tensor group `group`."""
+    """Where `param` lies in its full weight, cut over `group`."""
     shape, dim = parameter_shape(param), partition_dim(param)
     if dim is None:
         return Shard(shape, shape, (0,) * len(shape))
@@ -51,7 +94,7 @@ def shard_of(param: Tensor, group: ProcessGroup) -> Shard:
 def gather_full(param: Tensor, group: ProcessGroup, value: Tensor | None = None) -> Tensor:
     """The full weight of `param`, or the full tensor of a `value` shaped like it (its gradient).
 
-    Collective over the tensor group.
+    Collective over `group`, which it is cut over.
     """
     local = param.detach() if value is None else value.detach()
     dim = partition_dim(param)
@@ -67,8 +110,8 @@ def load_full(param: Tensor, full: Tensor, group: ProcessGroup) -> None:
 
 
 def named_shards(
-    model: nn.Module, group: ProcessGroup
+    model: nn.Module, groups: ParallelGroups
 ) -> Iterator[tuple[str, nn.Parameter, Shard]]:
     """Every parameter once (a tied one under its first name) with its place."""
     for name, param in model.named_parameters():
-        yield name, param, shard_of(param, group)
+        yield name, param, shard_of(param, cut_group(param, groups))

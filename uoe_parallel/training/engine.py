@@ -1,4 +1,4 @@
-"""The model inside DeepSpeed's engine, which owns ZeRO, gradient averaging, clipping and steps."""
+"""The model inside DeepSpeed's engine, which owns ZeRO, gradient averaging and steps."""
 
 from __future__ import annotations
 
@@ -17,24 +17,34 @@ from uoe_parallel.config.deepspeed import deepspeed_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
 from uoe_parallel.errors import UserError
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit, WideExpertGroups
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.mpu import ModelParallelUnit
-from uoe_parallel.parallel.sharding import partition_dim
+from uoe_parallel.parallel.sharding import is_wide
+from uoe_parallel.training.clipping import GradientClipper
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
-from uoe_parallel.training.state import create_moments
+from uoe_parallel.training.state import base_optimizer, create_moments
 from uoe_parallel.training.timers import StepTimer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class TrainingEngine:
-    """Optimizer steps on the sum over valid tokens divided by their global count."""
+    """Optimizer steps on the sum over valid tokens divided by their global count.
+
+    For a model of one stage; `PipelineTrainingEngine` does the same for several.
+    """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, groups: ParallelGroups, device: torch.device
+        self,
+        model: LanguageModel,
+        config: RunConfig,
+        groups: ParallelGroups,
+        device: torch.device,
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
+        self.model = model.to(device)
         self.config = config
         self.groups = groups
         self.device = device
@@ -44,23 +54,42 @@ class TrainingEngine:
             device,
             config.parallel.zero_stage,
         )
+        module = self._module()
+        if any(is_wide(param) for param in model.parameters()):
+            module.wide_expert_groups = WideExpertGroups(groups)
         # DeepSpeed's optimizer types vary by ZeRO stage and are not declared.
         try:
             engine, *_ = deepspeed.initialize(
-                model=model.to(device),
+                model=module,
                 optimizer=optimizer,
                 config=deepspeed_config(config, groups.layout.data),
-                mpu=ModelParallelUnit(groups),
+                mpu=self._model_parallel_unit(),
                 dist_init_required=False,
             )
         except (DeepSpeedConfigError, ValidationError) as error:
             # It reads the same config on every rank, before any collective.
             raise UserError(f"deepspeed: {error}; mend this section of the config") from error
         self.deepspeed: Any = engine
+        if config.training.precision == "fp64":  # which its config has no word for
+            self.deepspeed.communication_data_type = torch.float64
         create_moments(self.deepspeed)
+        base = base_optimizer(self.deepspeed)
+        limit = config.training.gradient_clipping
+        self.clipper = GradientClipper(self.deepspeed, base, model, groups, limit)
 
-    def token_losses(self, batch: MicroBatch) -> Tensor:
-        """Cross entropy of every token, fp32 nats [b, s]."""
+    def _module(self) -> nn.Module:
+        """What DeepSpeed trains."""
+        return self.model
+
+    def _model_parallel_unit(self) -> object:
+        return ModelParallelUnit(self.groups)
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of the used vocabulary [B, S, V], the same on every rank."""
+        return self.deepspeed(tokens_BS)
+
+    def token_losses(self, batch: MicroBatch) -> Tensor | None:
+        """Cross entropy of every token, nats [b, s]; None where a later stage computes it."""
         return self.deepspeed(batch.tokens, batch.labels)
 
     def count_valid_tokens(self, batches: list[MicroBatch]) -> int:
@@ -74,42 +103,41 @@ class TrainingEngine:
         """One optimizer step (from 0) on this rank's micro-batches, already on the device.
 
         Returns the loss in nats per token, the global gradient norm before clipping and the
-        learning rate. A loss or a gradient norm that is not finite is returned as it is; with
-        such a loss the weights are left as they were.
+        learning rate. A loss or a gradient norm that is not finite is returned as it is, and the
+        run should end: a norm or, with pipeline stages, a loss like that has reached the weights.
         """
-        valid_tokens = self.count_valid_tokens(batches)
+        valid_tokens = max(self.count_valid_tokens(batches), 1)
         # DeepSpeed averages gradients over data ranks; a sum over all of them is wanted.
-        scale = self.groups.layout.data / max(valid_tokens, 1)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        scale = self.groups.layout.data / valid_tokens
         rate = set_learning_rates(self.deepspeed.optimizer, step, self.config.training)
-        loss, norm = math.nan, None
+        loss, stepped = self._take_step(batches, scale, valid_tokens, timer)
+        return loss, self.clipper.norm if stepped else math.nan, rate
+
+    def _take_step(
+        self, batches: list[MicroBatch], scale: float, valid_tokens: int, timer: StepTimer
+    ) -> tuple[float, bool]:
+        """The step's loss, and whether the optimizer moved."""
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        loss = math.nan
         for number, batch in enumerate(batches):
             with timer.part("forward"):
-                loss_sum = (self.token_losses(batch) * batch.loss_mask).sum()
+                losses = self.token_losses(batch)
+                assert losses is not None
+                loss_sum = (losses * batch.loss_mask).sum()
                 total += loss_sum.detach()
             with timer.part("backward"):
                 self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
             if number == len(batches) - 1:
-                loss = float(comm.sum_over(total, self.groups.data)) / max(valid_tokens, 1)
+                loss = self._mean_loss(total, valid_tokens)
                 if not math.isfinite(loss):
-                    return loss, math.nan, rate
-                norm = self._plain_gradient_norm()
+                    return loss, False
             with timer.part("optimizer"):
                 self.deepspeed.step()
-        # DeepSpeed keeps its norm from the step itself.
-        norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
-        return loss, float(norm), rate
+        return loss, True
 
-    def _plain_gradient_norm(self) -> float | None:
-        """The norm of the averaged gradients where DeepSpeed keeps none: fp32 without ZeRO."""
-        if self.config.parallel.zero_stage > 0 or self.config.training.precision != "fp32":
-            return None
-        squares = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for param in self.deepspeed.module.parameters():
-            if param.grad is not None:
-                squares[int(partition_dim(param) is not None)] += param.grad.double().square().sum()
-        # What is whole on every tensor rank counts once.
-        return float(squares[0] + comm.sum_over(squares[1], self.groups.tensor)) ** 0.5
+    def _mean_loss(self, total: Tensor, valid_tokens: int) -> float:
+        """From this rank's sum of losses, 0 on stages that compute none."""
+        return float(comm.sum_over(total, self.groups.data, self.groups.pipe)) / valid_tokens
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:
@@ -118,8 +146,10 @@ class TrainingEngine:
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            totals[0] += (self.token_losses(batch) * batch.loss_mask).sum()
-            totals[1] += batch.loss_mask.sum()
+            losses = self.token_losses(batch)
+            if losses is not None:
+                totals[0] += (losses * batch.loss_mask).sum()
+                totals[1] += batch.loss_mask.sum()
         self.deepspeed.train()
-        loss_sum, tokens = comm.sum_over(totals, self.groups.data).tolist()
+        loss_sum, tokens = comm.sum_over(totals, self.groups.data, self.groups.pipe).tolist()
         return loss_sum / tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,28 +19,24 @@ ROUTER_SUFFIX = "router_weight"
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Groups "decay", "no_decay" (norms and biases) and "router" (no decay, a rate of its own).
 
-    Each carries its `peak_lr`. Groups without parameters are left out.
+    Each carries its `peak_lr`. Parameters of wide experts are in groups of their own, under the
+    name and the mark by which DeepSpeed finds the ranks that share them. Groups without parameters
+    are left out.
     """
-    decay, no_decay, router = [], [], []
+    members: dict[tuple[str, str | None], list[nn.Parameter]] = defaultdict(list)
     for name, param in model.named_parameters():
-        if name.endswith(ROUTER_SUFFIX):
-            router.append(param)
-        elif param.ndim < 2:
-            no_decay.append(param)
-        else:
-            decay.append(param)
-    rate = config.learning_rate
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": config.weight_decay, "peak_lr": rate},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0, "peak_lr": rate},
-        {
-            "name": "router",
-            "params": router,
-            "weight_decay": 0.0,
-            "peak_lr": config.router_learning_rate or rate,
-        },
-    ]
-    return [group | {"lr": group["peak_lr"]} for group in groups if group["params"]]
+        kind = "decay" if param.ndim >= 2 else "no_decay"
+        kind = "router" if name.endswith(ROUTER_SUFFIX) else kind
+        members[kind, getattr(param, "group_name", None)].append(param)
+    groups = []
+    for (kind, wide), params in sorted(members.items(), key=str):
+        decay = config.weight_decay if kind == "decay" else 0.0
+        rate = config.learning_rate
+        if kind == "router":
+            rate = config.router_learning_rate or rate
+        group = {"name": kind, "params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+        groups.append(group | {"name": wide, "moe": True} if wide else group)
+    return groups
 
 
 def build_optimizer(

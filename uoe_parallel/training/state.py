@@ -13,19 +13,21 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.sharding import named_shards, partition_dim
+from uoe_parallel.parallel.sharding import Shard, is_owner, named_shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM_KEY = "random/rank-{rank}/{device}"
@@ -72,26 +74,24 @@ def _stepped_tensors(engine: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
 
 def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     """Without ZeRO: each parameter's fp32 weight, which in fp32 runs is the parameter itself."""
-    if engine.zero_optimization():
-        return {}
     wrapper = engine.optimizer
+    if engine.zero_optimization() or isinstance(wrapper, BF16_Optimizer):
+        return {}
     if hasattr(wrapper, "fp16_groups"):  # DeepSpeed's name also for bf16
         params = itertools.chain.from_iterable(wrapper.fp16_groups)
         return dict(zip(params, itertools.chain.from_iterable(wrapper.fp32_groups), strict=True))
     return {param: param for param in engine.module.parameters()}
 
 
-def capture(engine: Any, groups: ParallelGroups, *, masters: bool) -> list[Piece]:
+def capture(engine: Any, model: nn.Module, groups: ParallelGroups, *, masters: bool) -> list[Piece]:
     """The pieces this rank has to write: weights, moments, masters, random state.
 
-    Collective over the data group: ZeRO's partitions are put together parameter by parameter.
-    Data rank 0 writes its tensor shard, tensor rank 0 alone what is whole everywhere.
+    Collective over the ranks that hold the same parts: ZeRO's partitions are put together
+    parameter by parameter. Of these ranks the first writes.
     """
     pieces: list[Piece] = []
-    for name, param, shard in named_shards(engine.module, groups.tensor):
-        writes = groups.data_rank == 0 and (
-            partition_dim(param) is not None or groups.tensor_rank == 0
-        )
+    for name, param, shard in named_shards(model, groups):
+        writes = is_owner(param, groups)
         for kind, full in _full_tensors(engine, param, masters):
             if writes:
                 local = full.detach().cpu().reshape(shard.shape).clone()
@@ -101,7 +101,9 @@ def capture(engine: Any, groups: ParallelGroups, *, masters: bool) -> list[Piece
     return pieces
 
 
-def restore(engine: Any, groups: ParallelGroups, reader: CheckpointReader) -> None:
+def restore(
+    engine: Any, model: nn.Module, groups: ParallelGroups, reader: CheckpointReader
+) -> None:
     """Load what `capture` saved. Collective over all ranks."""
     for _, tensor in _stepped_tensors(engine):
         base_optimizer(engine).state[tensor]["step"].fill_(reader.step)
@@ -109,23 +111,37 @@ def restore(engine: Any, groups: ParallelGroups, reader: CheckpointReader) -> No
         if "step" in group:  # apex counts per group
             group["step"] = reader.step
     saved, masters = reader.keys(), _plain_masters(engine)
-    for name, param, shard in named_shards(engine.module, groups.tensor):
-        # What follows is collective: a rank that cannot read must not leave the others in it.
-        with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
-            values = {
-                kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape).to(engine.device)
-                for kind in ("weight", "master", *MOMENTS)
-                if f"{name}/{kind}" in saved
-            }
+    failure: Exception | None = None
+    for name, param, shard in named_shards(model, groups):
+        try:
+            values = _read_values(reader, name, shard)
+        except (OSError, SafetensorError) as error:
+            # What follows is collective: a rank that cannot read must not leave the others in it.
+            failure = failure or error
+            values = dict.fromkeys(("weight", *MOMENTS), torch.zeros(shard.shape))
+        values = {kind: value.to(engine.device) for kind, value in values.items()}
         _set_weight(param, values["weight"])
         _set_full(engine, masters, param, values.get("master", values["weight"]), None)
         for moment in MOMENTS:
             _set_full(engine, masters, param, values[moment], moment)
+    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
+        if failure is not None:
+            raise failure
     for device, setter in _random_setters().items():
         key = RANDOM_KEY.format(rank=groups.rank, device=device)
         # A layout with more ranks than the saved one keeps the state its seed gave it.
         if key in saved:
             setter(reader.read(key))
+
+
+def _read_values(reader: CheckpointReader, name: str, shard: Shard) -> dict[str, Tensor]:
+    """A parameter's entries by kind."""
+    saved = reader.keys()
+    return {
+        kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape)
+        for kind in ("weight", "master", *MOMENTS)
+        if f"{name}/{kind}" in saved
+    }
 
 
 def _full_tensors(engine: Any, param: nn.Parameter, masters: bool) -> Iterator[tuple[str, Tensor]]:

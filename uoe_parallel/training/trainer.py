@@ -31,11 +31,12 @@ from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.sharding import partition_dim
+from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.engine import DTYPES, TrainingEngine
+from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.generation import sample
 from uoe_parallel.training.metrics import Kind, MetricsWriter, Values, bits_per_byte
+from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.routing_report import routing_report
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
@@ -104,16 +105,19 @@ class Trainer:
                 for split, prefix in evaluated.items()
                 if prefix is not None
             }
-        backend = choose_backend(device.torch_device, DTYPES[config.training.precision])
+        precision = DTYPES[config.training.precision]
+        backend = choose_backend(device.torch_device, precision)
         self.model = LanguageModel(
             config,
             groups,
             vocab_size=padded_vocab_size(self.tokenizer.size, config.model.vocab_multiple),
             used_vocab_size=self.tokenizer.size,
             backend=backend,
+            # Masters begin as drawn: DeepSpeed rounds the model to bf16 itself.
+            dtype=torch.promote_types(precision, torch.float32),
         )
+        self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        self.engine = TrainingEngine(self.model, config, groups, device.torch_device)
         self.picks = f"{type(backend).__name__}, {self.engine.optimizer_name}"
         self.timer = StepTimer(device.synchronize)
         self.metrics: MetricsWriter | None = None
@@ -200,7 +204,7 @@ class Trainer:
         self.engine.deepspeed.eval()
         with self.model.replicated_tokens():
             ids = sample(
-                self.engine.deepspeed,
+                self.engine.logits,
                 [self.tokenizer.eod, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
                 num_tokens=SAMPLE_TOKENS,
                 context=self.config.model.sequence_length,
@@ -216,7 +220,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective over all ranks."""
         pieces = capture(
-            self.engine.deepspeed, self.groups, masters=self.config.training.precision == "bf16"
+            self.engine.deepspeed,
+            self.model,
+            self.groups,
+            masters=self.config.training.precision == "bf16",
         )
         state = {
             "step": self.step,
@@ -243,7 +250,7 @@ class Trainer:
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
                 self._check_resumable(reader)
-            restore(self.engine.deepspeed, self.groups, reader)
+            restore(self.engine.deepspeed, self.model, self.groups, reader)
             self.step = reader.step
             self.console.say(
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
@@ -311,7 +318,9 @@ class Trainer:
         seconds = self.timer.take()
         memory = torch.tensor(float(self.device.peak_memory()), device=self.device.torch_device)
         memory = float(comm.max_over(memory, self.groups.world))
-        routing = routing_report(self.model.routed_blocks(), self.groups)
+        routing = routing_report(
+            self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
+        )
         values: Values = {
             "loss": result.loss,
             "bits_per_byte": bits_per_byte(result.loss),
@@ -345,10 +354,13 @@ class Trainer:
 
     def _count_parameters(self) -> int:
         """Elements of the full model."""
-        local = torch.tensor([0, 0])
-        for param in self.model.parameters():
-            local[int(partition_dim(param) is not None)] += param.numel()
-        return int(local[0] + local[1] * self.groups.layout.tensor)
+        owned = (
+            math.prod(shard.shape)
+            for _, param, shard in named_shards(self.model, self.groups)
+            if is_owner(param, self.groups)
+        )
+        local = torch.tensor(sum(owned), device=self.device.torch_device)
+        return int(comm.sum_over(local, self.groups.world))
 
 
 def _is_due(step: int, every: int) -> bool:

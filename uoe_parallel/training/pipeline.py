@@ -1,0 +1,138 @@
+"""The model as stages of DeepSpeed's pipeline, which owns their schedule (1F1B)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor, nn
+
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.model.language_model import Embedding, LanguageModel
+from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.deepspeed_groups import topology
+from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.training.engine import TrainingEngine
+from uoe_parallel.training.timers import StepTimer
+
+Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+class PipelineTrainingEngine(TrainingEngine):
+    """As `TrainingEngine`, for a model cut into stages."""
+
+    def _module(self) -> nn.Module:
+        # The list of layers talks before `deepspeed.initialize` would have seen to it.
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        return LanguageModelPipeline(self.model, self._loss)
+
+    def _model_parallel_unit(self) -> None:
+        """The pipeline's own grid is one."""
+
+    def _loss(self, logits_SBV: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        """A micro-batch's part of the step's loss, on the last stage."""
+        labels_BS, mask_BS = labels
+        loss_sum = (self.model.losses(logits_SBV, labels_BS) * mask_BS).sum()
+        self._total += loss_sum.detach()
+        return loss_sum * self._scale
+
+    def _take_step(
+        self, batches: list[MicroBatch], scale: float, valid_tokens: int, timer: StepTimer
+    ) -> tuple[float, bool]:
+        # DeepSpeed's pipeline divides by the number of micro-batches.
+        self._scale = scale * len(batches)
+        self._total = torch.zeros((), device=self.device, dtype=torch.float64)
+        with timer.part("pipeline"):
+            self.deepspeed.train_batch(
+                iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
+            )
+        return self._mean_loss(self._total, valid_tokens), True
+
+    def token_losses(self, batch: MicroBatch) -> Tensor | None:
+        logits_SBV = self._relay(batch.tokens)
+        return None if logits_SBV is None else self.model.losses(logits_SBV, batch.labels)
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        logits_SBV = self._relay(tokens_BS)
+        if logits_SBV is not None:
+            whole_BSV = self.model.whole(logits_SBV).contiguous()
+        else:
+            shape = (*tokens_BS.shape, self.model.used_vocab_size)
+            whole_BSV = torch.empty(shape, dtype=self._dtype, device=self.device)
+        return comm.broadcast(whole_BSV, self.groups.pipe.size() - 1, self.groups.pipe)
+
+    def _relay(self, tokens_BS: Tensor) -> Tensor | None:
+        """One forward pass over the stages, without gradients: the last one's logits [S, B, V/P],
+        None elsewhere. Passes that follow each other overlap."""
+        groups, stage = self.groups, self.groups.stage
+        x = tokens_BS
+        if not groups.is_first_stage:
+            batch, length = tokens_BS.shape
+            shape = (length // self.model.num_shards, batch, self.config.model.hidden_size)
+            x = torch.empty(shape, dtype=self._dtype, device=self.device)
+            comm.receive(x, stage - 1, groups.pipe)
+        y = self.model.stage(x)
+        if groups.is_last_stage:
+            return y
+        comm.send(y, stage + 1, groups.pipe)
+        return None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of activations."""
+        return next(self.model.parameters()).dtype
+
+
+def build_engine(
+    model: LanguageModel, config: RunConfig, groups: ParallelGroups, device: torch.device
+) -> TrainingEngine:
+    """The engine that suits the number of stages."""
+    kind = TrainingEngine if groups.layout.pipeline == 1 else PipelineTrainingEngine
+    return kind(model, config, groups, device)
+
+
+class LanguageModelPipeline(PipelineModule):
+    """The layers of a `LanguageModel` as DeepSpeed wants them: one list on all ranks, of which each
+    stage has its part. The parameters are the model's own, under other names."""
+
+    def __init__(self, model: LanguageModel, loss: Loss) -> None:
+        ends = [layers.stop for layers in model.stage_layers]
+        # The list is the embedding, the transformer's layers, the final norm and the head.
+        self._bounds = [0, *(1 + end for end in ends[:-1]), ends[-1] + 3]
+        with redirect_stdout(io.StringIO()):  # it tells rank 0's user about seeds and layers
+            super().__init__(_listed(model), topology=topology(model.groups.layout), loss_fn=loss)
+
+    def _partition_layers(self, method: str = "") -> None:
+        # DeepSpeed can weigh layers by their parameters only, of which a routed layer uses a part.
+        self.parts = self._bounds
+        self._set_bounds(*self._bounds[self.stage_id : self.stage_id + 2])
+
+
+def _listed(model: LanguageModel) -> list[nn.Module | LayerSpec]:
+    absent = LayerSpec(nn.Identity)  # on another stage, and never built
+    numbers = map(str, range(model.num_layers))
+    present = dict(model.layers.items())
+    layers = [present.get(number, absent) for number in numbers]
+    if model.tied:
+        first, last = _TiedEmbedding(model), _TiedEmbedding(model, forward_fn=model.tied_logits)
+    else:
+        first, last = model.embedding or absent, model.head or absent
+    return [first, *layers, model.final_norm or absent, last]
+
+
+class _TiedEmbedding(TiedLayerSpec):
+    """An embedding that was built already, on the first stage and on the last."""
+
+    def __init__(self, model: LanguageModel, **arguments: Any) -> None:
+        super().__init__("embedding", Embedding, tied_weight_attr="tokens.weight", **arguments)
+        self._embedding = model.embedding
+
+    def build(self, log: bool = False) -> Embedding:
+        assert self._embedding is not None
+        return self._embedding
