@@ -19,9 +19,11 @@ from uoe_parallel.experts.attention import DenseAttentionWeights, SelectiveMulti
 from uoe_parallel.experts.backends import Backend, LoopBackend
 from uoe_parallel.experts.mlp import DenseMLPWeights, UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.parallel.comm import sum_over
 from uoe_parallel.parallel.groups import ParallelGroups, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.sharding import partition_dim
 from uoe_parallel.routing.router import Routing
 
 Weights = DenseMLPWeights | DenseAttentionWeights
@@ -76,7 +78,7 @@ class MLPSpec:
             config=megatron_config(groups.layout, dtype),
             fc1_init=nn.init.zeros_,
             fc2_init=nn.init.zeros_,
-            group=groups.tensor,
+            group=groups.expert,
         )
 
 
@@ -128,7 +130,7 @@ class AttentionSpec:
             config=megatron_config(groups.layout, dtype),
             qkv_init=nn.init.zeros_,
             output_init=nn.init.zeros_,
-            group=groups.tensor,
+            group=groups.expert,
         )
 
 
@@ -239,23 +241,26 @@ def _outcome(y: Tensor, upstream: Tensor, leaves: dict[str, Tensor]) -> Outcome:
 
 def start(tensor: int, *, sequence_parallel: bool) -> ParallelGroups:
     """Groups of this rank's world in tensor groups of `tensor` ranks."""
-    layout = ParallelLayout(
-        dist.get_world_size(), tensor, 1, tensor, sequence_parallel, zero_stage=0
-    )
-    return start_groups(layout)
+    world_size = dist.get_world_size()
+    return start_groups(ParallelLayout(world_size, tensor, 1, tensor, sequence_parallel, 0))
 
 
 def layout_id(layout: ParallelLayout) -> str:
     """What pytest shows of a layout."""
     tokens = "sharded" if layout.sequence_parallel else "replicated"
-    return f"tensor{layout.tensor}-data{layout.data}-{tokens}"
+    wide = f"-expert{layout.expert}" if layout.has_wide_experts else ""
+    return f"tensor{layout.tensor}-data{layout.data}-{tokens}{wide}"
 
 
 def local(full: Tensor, groups: ParallelGroups) -> Tensor:
-    """This rank's tokens: its stretch of the sequence if tokens are sharded, all otherwise."""
-    if not groups.layout.sequence_parallel:
-        return full.clone()
-    return full.chunk(groups.tensor.size())[groups.tensor_rank].clone()
+    """This rank's tokens of [S, B, ...]: its stretch of the sequences if tokens are sharded, and
+    its sequences if an expert group holds others'."""
+    if groups.layout.has_wide_experts:
+        assert groups.layout.expert_data == 1
+        full = full.chunk(groups.layout.data, dim=1)[groups.data_rank]
+    if groups.layout.sequence_parallel:
+        full = full.chunk(groups.tensor.size())[groups.tensor_rank]
+    return full.clone()
 
 
 def build(
@@ -271,7 +276,7 @@ def build(
 
 
 def weight_gradients(
-    union: UnionOfMLPExperts | SelectiveMultiHeadAttention,
+    union: UnionOfMLPExperts | SelectiveMultiHeadAttention, groups: ParallelGroups
 ) -> Outcome:
     """Gradients of the full dense weights. Overwrites the weights. Collective."""
     with torch.no_grad():
@@ -279,14 +284,18 @@ def weight_gradients(
             # None would leave a rank without experts' work out of the reduction of gradients.
             assert parameter.grad is not None, f"{name} has no gradient"
             parameter.copy_(parameter.grad)
+            if groups.layout.has_wide_experts and partition_dim(parameter) is None:
+                # What is whole on all ranks saw the tokens of one of them.
+                parameter.copy_(sum_over(parameter, groups.data))
     return named_weights(union.to_dense())
 
 
 def run_experts(x: Tensor, routing: Routing, experts: Experts, groups: ParallelGroups) -> Tensor:
     """In the parallel form that suits the layout."""
-    if not groups.layout.sequence_parallel:
-        return run_replicated(x, routing, experts, groups.tensor)
-    return run_sharded(x, routing, experts, groups.tensor, groups.tensor.size())
+    layout = groups.layout
+    if not layout.sequence_parallel and not layout.has_wide_experts:
+        return run_replicated(x, routing, experts, groups.expert)
+    return run_sharded(x, routing, experts, groups.expert, layout.tensor)
 
 
 def run_routed(
@@ -305,7 +314,15 @@ def run_routed(
     y = block.add_bias(run_experts(x, Routing(local(t.mask, groups), gates), union, groups))
     y.backward(local(t.upstream, groups))
     assert x.grad is not None and gates.grad is not None
-    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **weight_gradients(union)}
+    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **weight_gradients(union, groups)}
+
+
+def _assembled(parts: list[Tensor], layout: ParallelLayout) -> list[Tensor]:
+    """The inverse of `local` for an expert group; copies that should be equal stay apart."""
+    if layout.sequence_parallel:
+        runs = range(0, len(parts), layout.tensor)
+        parts = [torch.cat(parts[first : first + layout.tensor]) for first in runs]
+    return [torch.cat(parts, dim=1)] if layout.has_wide_experts else parts
 
 
 def assert_equal_to(
@@ -317,14 +334,13 @@ def assert_equal_to(
     rtol: float = 1e-9,
     atol: float = 1e-11,
 ) -> None:
-    """Every tensor group's outcomes, by rank, make up the expected one."""
-    for first in range(0, layout.world_size, layout.tensor):
-        group = outcomes[first : first + layout.tensor]
+    """Every expert group's outcomes, by rank, make up the expected one."""
+    for first in range(0, layout.world_size, layout.expert):
+        group = outcomes[first : first + layout.expert]
         for name, value in expected.items():
-            if name in BY_TOKEN and layout.sequence_parallel:
-                found = [torch.cat([outcome[name] for outcome in group])]
-            else:
-                found = [outcome[name] for outcome in group]
+            found = [outcome[name] for outcome in group]
+            if name in BY_TOKEN:
+                found = _assembled(found, layout)
             for rank, tensor in enumerate(found, first):
                 torch.testing.assert_close(
                     tensor,

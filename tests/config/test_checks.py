@@ -192,6 +192,61 @@ BROKEN = [
         ),
     ),
     (
+        {"parallel__expert": 3},
+        (
+            "parallel.expert = 3 is not a multiple of parallel.tensor = 2; "
+            "use 2 or 4, or parallel.tensor = 1"
+        ),
+    ),
+    (
+        {"parallel__expert": 4, "parallel__sequence_parallel": False},
+        (
+            "parallel.sequence_parallel = false leaves tokens on every tensor rank, and an expert "
+            "group of 4 ranks would compute them 2 times; set it to true, or parallel.expert = 2"
+        ),
+    ),
+    (
+        {"parallel__expert": 16},
+        (
+            "feed_forward.num_experts = 8 is not a multiple of parallel.expert = 16; "
+            "use 16, or parallel.expert = 8"
+        ),
+    ),
+    (
+        {"parallel__expert": 8, "attention__spread": "expert", "attention__routed_layers": "all"},
+        (
+            "model.num_kv_heads = 4 is not a multiple of parallel.expert = 8; "
+            "use 8, or parallel.expert = 4"
+        ),
+    ),
+    (
+        {"parallel__pipeline": 2, "parallel__zero_stage": 2},
+        (
+            "parallel.zero_stage = 2 can't be combined with parallel.pipeline = 2: a pipeline adds "
+            "up the gradients of its micro-batches before it reduces them, and DeepSpeed's ZeRO 2 "
+            "and 3 cut gradients up in every backward pass; use 1, or parallel.pipeline = 1"
+        ),
+    ),
+    (
+        {"parallel__expert": 4, "parallel__zero_stage": 3},
+        (
+            "parallel.zero_stage = 3 can't be combined with parallel.expert = 4: ZeRO 3 cuts every "
+            "parameter over all data-parallel ranks, and those of an expert group hold different "
+            "experts; use 2, or parallel.expert = 2"
+        ),
+    ),
+    (
+        {"training__precision": "fp64"},
+        (
+            'parallel.zero_stage = 1 can\'t be combined with training.precision = "fp64": '
+            "DeepSpeed's ZeRO keeps its masters in fp32; use 0"
+        ),
+    ),
+    (
+        {"parallel__pipeline": 5},
+        "parallel.pipeline = 5 is more than model.num_layers = 4; use at most 4",
+    ),
+    (
         {"training__validate_every": 10},
         (
             "training.validate_every = 10 asks for validation passes, and data.validation is not "
@@ -220,6 +275,10 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"feed_forward__top_k": 9, "feed_forward__routed_layers": "none"},
         {"feed_forward__top_k": 9, "feed_forward__routed_layers": []},
         {"attention__top_k": 5},
+        {"parallel__expert": 8},
+        {"parallel__expert": 8, "attention__spread": "expert"},
+        {"parallel__expert": 2, "parallel__zero_stage": 3},
+        {"parallel__pipeline": 4, "parallel__zero_stage": 1},
         {"model__sequence_length": 63, "parallel__sequence_parallel": False},
         {"training__min_learning_rate": 0.01, "training__warmup_steps": 100},
         {"training__betas": (0.0, 0.0)},

@@ -160,7 +160,7 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
             "parallel=2",
             (
                 "parallel = 2 is not a section; give it the fields tensor, "
-                "sequence_parallel, zero_stage, or remove it"
+                "pipeline, expert, sequence_parallel, zero_stage, or remove it"
             ),
         ),
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ from tests.unions import (
     local,
     run_experts,
     run_routed,
-    start,
 )
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.parallel.groups import start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.routing.router import Routing
 
@@ -41,7 +41,12 @@ LAYOUTS = [
     for sharded in (False, True)
     if tensor > 1 or not sharded
 ]
-SHARDED = [layout for layout in LAYOUTS if layout.tensor > 1 and layout.sequence_parallel]
+WIDE = [
+    ParallelLayout(world, tensor, 1, world, sequence_parallel=tensor > 1, zero_stage=0)
+    for world, tensor in [(2, 1), (4, 1), (4, 2)]
+]
+LAYOUTS += WIDE
+SHARDED = [layout for layout in LAYOUTS if layout.sequence_parallel] + WIDE[:2]
 REPLICATED = [layout for layout in LAYOUTS if layout.tensor > 1 and not layout.sequence_parallel]
 
 SPECS: list[Spec] = [
@@ -66,7 +71,7 @@ def _problem(spec: Spec, case: str, seed: int) -> Problem:
     stretches, experts = TOKENS_AND_EXPERTS[case]
     per_expert = spec.num_experts // len(experts)
     densities = tuple(density for density in experts for _ in range(per_expert))
-    return Problem(spec, 8, 2, stretches, densities, seed)
+    return Problem(spec, 8, 4, stretches, densities, seed)
 
 
 NAMED = [
@@ -76,9 +81,10 @@ NAMED_MLP = [problem for problem in NAMED if isinstance(problem.spec, MLPSpec)]
 
 
 @st.composite
-def problems(draw: st.DrawFn, ranks: int) -> Problem:
+def problems(draw: st.DrawFn, layout: ParallelLayout) -> Problem:
     densities = st.sampled_from([0.0, 0.1, 0.5, 1.0])
-    num_experts = ranks * draw(st.integers(1, 3))
+    ranks = layout.tensor
+    num_experts = layout.expert * draw(st.integers(1, 3))
     spec = draw(
         st.one_of(
             st.builds(
@@ -101,15 +107,15 @@ def problems(draw: st.DrawFn, ranks: int) -> Problem:
     return Problem(
         spec,
         length=ranks * draw(st.integers(1, 3)),
-        batch=draw(st.integers(1, 3)),
+        batch=layout.expert // ranks * draw(st.integers(1, 3)),
         stretch_density=tuple(draw(st.lists(densities, min_size=ranks, max_size=ranks))),
         expert_density=tuple(draw(st.lists(densities, min_size=num_experts, max_size=num_experts))),
         seed=draw(st.integers(0, 2**16)),
     )
 
 
-def batches_of_problems(ranks: int) -> st.SearchStrategy[list[Problem]]:
-    return st.lists(problems(ranks), min_size=8, max_size=10)
+def batches_of_problems(layout: ParallelLayout) -> st.SearchStrategy[list[Problem]]:
+    return st.lists(problems(layout), min_size=8, max_size=10)
 
 
 few_batches = settings(
@@ -121,7 +127,7 @@ few_batches = settings(
 
 
 def _solve_all(batch: list[Problem], layout: ParallelLayout) -> list[Outcome]:
-    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    groups = start_groups(layout)
     return [run_routed(problem, groups) for problem in batch]
 
 
@@ -137,10 +143,10 @@ def test_named_routings_equal_the_reference(ranks: Ranks, layout: ParallelLayout
     _check_solutions(ranks, NAMED, layout)
 
 
-@pytest.mark.parametrize("layout", [*REPLICATED[:1], *SHARDED[:2]], ids=layout_id)
+@pytest.mark.parametrize("layout", [*REPLICATED[:1], *SHARDED[:2], *WIDE[::2]], ids=layout_id)
 def test_any_routing_equals_the_reference(ranks: Ranks, layout: ParallelLayout) -> None:
     @few_batches
-    @given(batches_of_problems(layout.tensor))
+    @given(batches_of_problems(layout))
     def check(batch: list[Problem]) -> None:
         _check_solutions(ranks, batch, layout)
 
@@ -219,14 +225,14 @@ class _RecordingExperts:
 
 def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
     """Rows carry the number of their token, position * batch + sequence."""
-    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    groups = start_groups(layout)
     traces = []
     for problem in batch:
         t = problem.tensors()
         token = torch.arange(problem.length * problem.batch).view(problem.length, problem.batch, 1)
         x = local(token.expand(-1, -1, 3).double(), groups).requires_grad_()
         gates = local(t.gates, groups).requires_grad_()
-        experts = _RecordingExperts(groups.tensor_rank * t.mask.shape[2] // layout.tensor)
+        experts = _RecordingExperts(groups.expert.rank() * t.mask.shape[2] // layout.expert)
         with _Collectives() as collectives:
             y = run_experts(x, Routing(local(t.mask, groups), gates), experts, groups)
             y.backward(torch.ones_like(y))
@@ -245,21 +251,23 @@ def _check_conservation(batch: list[Problem], traces: list[list[Trace]]) -> None
         assert Counter(computed) == Counter(routed), problem
 
 
-def _rows_to_send(problem: Problem, num_ranks: int) -> list[list[set[int]]]:
+def _rows_to_send(problem: Problem, layout: ParallelLayout) -> list[list[set[int]]]:
     """[source][destination]: the source's tokens with an expert at the destination."""
+    num_ranks, shards = layout.expert, layout.tensor
     rows: list[list[set[int]]] = [[set() for _ in range(num_ranks)] for _ in range(num_ranks)]
     for position, sequence, expert in problem.tensors().mask.nonzero().tolist():
-        source = position // (problem.length // num_ranks)
+        source = position // (problem.length // shards)
+        source += sequence // (problem.batch * shards // num_ranks) * shards
         destination = expert // (problem.spec.num_experts // num_ranks)
         rows[source][destination].add(position * problem.batch + sequence)
     return rows
 
 
-def _check_rows(batch: list[Problem], traces: list[list[Trace]]) -> None:
+def _check_rows(batch: list[Problem], traces: list[list[Trace]], layout: ParallelLayout) -> None:
     """A row crosses to a rank once in dispatch, once back, and its gradients likewise."""
     num_ranks = len(traces)
     for i, problem in enumerate(batch):
-        rows = _rows_to_send(problem, num_ranks)
+        rows = _rows_to_send(problem, layout)
         for rank in range(num_ranks):
             trace = traces[rank][i]
             out = [len(rows[rank][other]) for other in range(num_ranks)]
@@ -275,55 +283,59 @@ def _shapes(calls: Iterable[tuple[str, tuple[int, ...], list[int] | None]]) -> C
 
 
 def _traces(ranks: Ranks, batch: list[Problem], layout: ParallelLayout) -> list[list[Trace]]:
-    """Of the first tensor group, by rank."""
-    return ranks(layout.world_size).run(_trace_all, batch, layout)[: layout.tensor]
+    """Of the first expert group, by rank."""
+    return ranks(layout.world_size).run(_trace_all, batch, layout)[: layout.expert]
+
+
+Traces = Callable[[ParallelLayout], list[list[Trace]]]
 
 
 @pytest.fixture(scope="module")
-def traces(request: pytest.FixtureRequest, ranks: Ranks) -> list[list[Trace]]:
-    """Of the named routings under the layout that the test is parametrized with."""
-    return _traces(ranks, NAMED_MLP, request.param)
+def named_traces(ranks: Ranks) -> Traces:
+    """Of the named routings, made once for each layout."""
+    return functools.cache(lambda layout: _traces(ranks, NAMED_MLP, layout))
 
 
-on = functools.partial(pytest.mark.parametrize, "traces", indirect=True, ids=layout_id)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_every_routed_pair_is_computed_once(named_traces: Traces, layout: ParallelLayout) -> None:
+    _check_conservation(NAMED_MLP, named_traces(layout))
 
 
-@on(LAYOUTS)
-def test_every_routed_pair_is_computed_once(traces: list[list[Trace]]) -> None:
-    _check_conservation(NAMED_MLP, traces)
+@pytest.mark.parametrize("layout", SHARDED, ids=layout_id)
+def test_every_row_crosses_to_a_rank_once_each_way(
+    named_traces: Traces, layout: ParallelLayout
+) -> None:
+    _check_rows(NAMED_MLP, named_traces(layout), layout)
 
 
-@on(SHARDED)
-def test_every_row_crosses_to_a_rank_once_each_way(traces: list[list[Trace]]) -> None:
-    _check_rows(NAMED_MLP, traces)
-
-
-@on(SHARDED)
-def test_ranks_take_part_in_the_same_collectives(traces: list[list[Trace]]) -> None:
+@pytest.mark.parametrize("layout", SHARDED, ids=layout_id)
+def test_ranks_take_part_in_the_same_collectives(
+    named_traces: Traces, layout: ParallelLayout
+) -> None:
     """Whatever a rank sends: counts, expert ids, rows, gates and sums, then three gradients."""
     counts, ids_and_gates, rows = "alltoall_base_(2,)", "alltoall_base_()", "alltoall_base_(3,)"
-    for of_rank in traces:
+    for of_rank in named_traces(layout):
         for trace in of_rank:
             assert _shapes(trace.collectives) == {counts: 1, ids_and_gates: 3, rows: 4}
 
 
-@on(REPLICATED)
-def test_replicated_tokens_do_not_move(traces: list[list[Trace]]) -> None:
+@pytest.mark.parametrize("layout", REPLICATED, ids=layout_id)
+def test_replicated_tokens_do_not_move(named_traces: Traces, layout: ParallelLayout) -> None:
     """One sum of results, and one each of the gradients of tokens and gates."""
-    for of_rank in traces:
+    for of_rank in named_traces(layout):
         for trace in of_rank:
             assert _shapes(trace.collectives) == {"allreduce_()": 3}
 
 
-@pytest.mark.parametrize("layout", SHARDED[:2], ids=layout_id)
+@pytest.mark.parametrize("layout", [*SHARDED[:2], *WIDE[::2]], ids=layout_id)
 def test_any_routing_computes_pairs_once_and_sends_rows_once(
     ranks: Ranks, layout: ParallelLayout
 ) -> None:
     @few_batches
-    @given(batches_of_problems(layout.tensor))
+    @given(batches_of_problems(layout))
     def check(batch: list[Problem]) -> None:
         traces = _traces(ranks, batch, layout)
         _check_conservation(batch, traces)
-        _check_rows(batch, traces)
+        _check_rows(batch, traces, layout)
 
     check()

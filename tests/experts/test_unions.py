@@ -79,7 +79,7 @@ def _run(block: DenseBlock, problem: Problem, groups: ParallelGroups) -> Outcome
     y = block(x)
     y.backward(local(t.upstream, groups))
     assert x.grad is not None
-    return {"y": y.detach(), "x": x.grad, **weight_gradients(block.experts)}  # pyright: ignore[reportArgumentType]
+    return {"y": y.detach(), "x": x.grad, **weight_gradients(block.experts, groups)}  # pyright: ignore[reportArgumentType]
 
 
 def _run_all(layout: ParallelLayout) -> list[dict[str, Outcome]]:

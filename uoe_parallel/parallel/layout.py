@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from uoe_parallel.config.checks import PARALLEL_RULES
-from uoe_parallel.config.faults import Fault
+from uoe_parallel.config.faults import ABSENT, Fault
 from uoe_parallel.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -111,8 +111,8 @@ def layout_faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
         ]
         yield Fault(
             ("parallel", *_FIELDS),
-            given,
-            f"is not a layout of {world_size} ranks",
+            ABSENT,
+            f"is not a layout that {world_size} ranks can run",
             f"the nearest that is: {' '.join(changes)}",
         )
 
@@ -215,6 +215,7 @@ def _distance(wanted: ParallelConfig, other: ParallelConfig) -> float:
         return tuple(map(math.log2, (parallel.tensor, parallel.pipeline, width)))
 
     apart = sum(abs(a - b) for a, b in zip(sizes(wanted), sizes(other), strict=True))
+    apart += 0.1 * (wanted.tensor != other.tensor)  # rather one field than two
     apart += 0.25 * abs(wanted.zero_stage - other.zero_stage)
     return apart + 0.5 * (wanted.sequence_parallel != other.sequence_parallel)
 
