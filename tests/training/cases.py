@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import starmap
+from math import nan
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,12 @@ def global_batch(config: RunConfig, step: int) -> MicroBatch:
 
 def run_engine(config: RunConfig) -> Outcome:
     """STEPS optimizer steps under the config's layout."""
-    from uoe_parallel.training.engine import DTYPES
     from uoe_parallel.training.pipeline import build_engine
     from uoe_parallel.training.state import capture
 
     groups = start(config)
-    precision = DTYPES[config.training.precision]
-    model = build_model(config, groups, torch.promote_types(precision, torch.float32))
+    dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
+    model = build_model(config, groups, dtype)
     engine = build_engine(model, config, groups, torch.device("cpu"))
     timer = StepTimer(lambda: None)
     results = []
@@ -63,7 +63,8 @@ def run_engine(config: RunConfig) -> Outcome:
 def run_plainly(config: RunConfig) -> Outcome:
     """The same steps on one rank with nothing but torch."""
     training = config.training
-    model = build_model(config, start(config))
+    dtype = torch.float64 if training.precision == "fp64" else torch.float32
+    model = build_model(config, start(config), dtype)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, training), betas=training.betas, eps=training.eps
     )
@@ -127,7 +128,7 @@ def assemble(outcomes: list[Outcome]) -> dict[str, Tensor]:
         for piece in outcome.pieces:
             if piece.key.startswith("random/"):
                 continue
-            target = full.setdefault(piece.key, torch.full(piece.global_shape, torch.nan))
+            target = full.setdefault(piece.key, torch.full(piece.global_shape, nan).double())
             box = zip(piece.offsets, piece.tensor.shape, strict=True)
-            target[tuple(slice(o, o + n) for o, n in box)] = piece.tensor.float()
+            target[tuple(slice(o, o + n) for o, n in box)] = piece.tensor.double()
     return full

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
@@ -70,8 +71,8 @@ class TrainingEngine:
             # It reads the same config on every rank, before any collective.
             raise UserError(f"deepspeed: {error}; mend this section of the config") from error
         self.deepspeed: Any = engine
-        if config.training.precision == "fp64":  # which its config has no word for
-            self.deepspeed.communication_data_type = torch.float64
+        if config.training.precision == "fp64":
+            _reduce_in_fp64(self.deepspeed)
         create_moments(self.deepspeed)
         base = base_optimizer(self.deepspeed)
         limit = config.training.gradient_clipping
@@ -153,3 +154,11 @@ class TrainingEngine:
         self.deepspeed.train()
         loss_sum, tokens = comm.sum_over(totals, self.groups.data, self.groups.pipe).tolist()
         return loss_sum / tokens
+
+
+def _reduce_in_fp64(engine: Any) -> None:
+    """Without ZeRO, DeepSpeed can do all else in fp64, and its config has no word for it."""
+    engine.communication_data_type = torch.float64
+    accelerator = get_accelerator()
+    dtypes = {*accelerator.supported_dtypes(), torch.float64}
+    accelerator.supported_dtypes = lambda: list(dtypes)
