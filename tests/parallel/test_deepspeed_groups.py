@@ -32,7 +32,7 @@ def _places(layout: ParallelLayout) -> dict[str, Any]:
         for name in ("tensor", "data", "pipe", "expert", "expert_data")
     }
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    grid = PipelineParallelGrid(topology=topology(layout), process_group=dist.group.WORLD)
+    grid: Any = PipelineParallelGrid(topology=topology(layout), process_group=dist.group.WORLD)
     theirs = {
         "tensor": dist.get_process_group_ranks(grid.get_slice_parallel_group()),
         "data": dist.get_process_group_ranks(grid.get_data_parallel_group()),

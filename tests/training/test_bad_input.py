@@ -71,8 +71,8 @@ def test_heads_and_experts_that_ranks_do_not_divide_are_told_together(
     path = write_run(tmp_path, parallel={"tensor": 2})
     message = _complaint(ranks, 2, path, *wrong, attention)
     for word in (
-        *("has 2 faults", "model.num_kv_heads = 1", "feed_forward.num_experts = 1"),
-        "parallel.tensor = 2",
+        *("has 3 faults", "model.num_kv_heads = 1", "feed_forward.num_experts = 1"),
+        *("parallel.tensor = 2", "the nearest that is: parallel.tensor=1"),
     ):
         assert word in message
 

@@ -145,7 +145,7 @@ def test_drawn_shapes_and_layouts(ranks: Ranks, world_size: int) -> None:
     @settings(
         max_examples=8,
         phases=(Phase.explicit, Phase.reuse, Phase.generate),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(shapes(), st.data())
     def run(config: RunConfig, data: st.DataObject) -> None:

@@ -159,6 +159,6 @@ class TrainingEngine:
 def _reduce_in_fp64(engine: Any) -> None:
     """Without ZeRO, DeepSpeed can do all else in fp64, and its config has no word for it."""
     engine.communication_data_type = torch.float64
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     dtypes = {*accelerator.supported_dtypes(), torch.float64}
     accelerator.supported_dtypes = lambda: list(dtypes)
