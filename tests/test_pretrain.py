@@ -112,7 +112,7 @@ def test_run_leaves_its_files(finished: Run) -> None:
 
 def test_introduction_tells_model_and_layout(finished: Run) -> None:
     cells = _cells(finished.outcomes[0].out)
-    assert "2: tensor 2 x data 1" in cells["ranks"] and "ZeRO 1" in cells["ranks"]
+    assert "2: tensor 2 x pipeline 1 x data 1" in cells["ranks"] and "ZeRO 1" in cells["ranks"]
     assert "feed-forward 3 of 8 in 2 layers" in cells["experts"]
     assert "attention 2 of 4 in 2 layers" in cells["experts"]
     assert cells["precision"] == "fp32"
@@ -264,7 +264,7 @@ def test_launcher_starts_both_ranks(launcher: Callable[[], list[str]], tmp_path:
 def _check_launched(outcome: Outcome, run_dir: Path) -> None:
     """One run of two steps on two ranks, not two runs on one rank each."""
     assert outcome.code == 0, outcome
-    assert outcome.out.count("2: tensor 2 x data 1") == outcome.out.count("Finished") == 1
+    assert outcome.out.count("2: tensor 2 x pipeline 1 x data 1") == outcome.out.count("Finished") == 1
     assert [record["step"] for record in metrics(run_dir)] == [1, 2]
 
 

@@ -115,8 +115,9 @@ def _introduce(
             ("parameters", f"{trainer.num_parameters:,}"),
             (
                 "ranks",
-                f"{layout.world_size}: tensor {layout.tensor} x data {layout.data}, sequence "
-                f"parallel {'on' if layout.sequence_parallel else 'off'}, ZeRO {layout.zero_stage}",
+                f"{layout.world_size}: tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+                f"{layout.data}, expert groups of {layout.expert}, sequence parallel "
+                f"{'on' if layout.sequence_parallel else 'off'}, ZeRO {layout.zero_stage}",
             ),
             (
                 "experts",

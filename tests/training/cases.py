@@ -60,6 +60,30 @@ def run_engine(config: RunConfig) -> Outcome:
     return Outcome(list(losses), list(norms), pieces)
 
 
+def evaluate(config: RunConfig) -> tuple[float, Tensor]:
+    """The validation loss of two batches, and the logits [B, S, V] of an odd number of tokens."""
+    from uoe_parallel.training.pipeline import build_engine
+
+    groups = start(config)
+    model = build_model(config, groups)
+    engine = build_engine(model, config, groups, torch.device("cpu"))
+    batches = [global_batch(config, step) for step in range(2)]
+    share = [
+        MicroBatch(
+            *(
+                t.chunk(groups.layout.data)[groups.data_rank]
+                for t in (b.tokens, b.labels, b.loss_mask)
+            )
+        )
+        for b in batches
+    ]
+    loss = engine.evaluate(share)
+    engine.deepspeed.eval()
+    with model.replicated_tokens():
+        logits = engine.logits(batches[0].tokens[:1, :5])
+    return loss, logits
+
+
 def run_plainly(config: RunConfig) -> Outcome:
     """The same steps on one rank with nothing but torch."""
     training = config.training

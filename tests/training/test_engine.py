@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.harness import Ranks
 from tests.model.cases import relative_difference
@@ -12,6 +13,7 @@ from tests.tiny import tiny_config
 from tests.training.cases import (
     Outcome,
     assemble,
+    evaluate,
     kept_by_a_forward_pass,
     run_engine,
     run_plainly,
@@ -44,6 +46,22 @@ def test_steps_equal_plain_torch_on_one_rank(
         assert outcome.gradient_norms == pytest.approx(plain.gradient_norms, rel=2e-5)
     worst, name = relative_difference(assemble(outcomes), assemble([plain]), eps=1e-3)
     assert worst < 2e-4, name
+
+
+FORMS = [(1, {}), (2, {"pipeline": 2}), (2, {"expert": 2}), (2, {"tensor": 2})]
+FORMS += [(4, {"tensor": 2, "pipeline": 2}), (4, {"tensor": 2, "expert": 4, "zero_stage": 2})]
+
+
+@pytest.mark.parametrize(("world", "parallel"), FORMS)
+def test_evaluation_and_logits_are_those_of_one_rank(
+    ranks: Ranks, world: int, parallel: dict[str, int]
+) -> None:
+    [(expected_loss, expected_logits)] = ranks(1).run(evaluate, tiny_config())
+    found = ranks(world).run(evaluate, tiny_config(parallel=parallel))
+    for loss, logits in found:
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits, found[0][1]), "ranks draw tokens from these"
 
 
 @pytest.mark.parametrize("zero_stage", range(4))

@@ -87,15 +87,40 @@ def _tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {key: reader.read(key) for key in keys}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("precision", "tensor", "world_size"), [("fp32", 2, 4), ("bf16", 1, 2)])
+LAYOUTS = [
+    *(
+        pytest.param("fp32", 4, {"tensor": 2}, stage, id=f"fp32 tp2 dp2 {stage}")
+        for stage in range(4)
+    ),
+    *(pytest.param("bf16", 2, {}, stage, id=f"bf16 dp2 {stage}") for stage in range(4)),
+    *(
+        pytest.param(precision, 2, {"pipeline": 2}, stage, id=f"{precision} pp2 {stage}")
+        for precision in ("fp32", "bf16")
+        for stage in (0, 1)
+    ),
+    *(
+        pytest.param(precision, 2, {"expert": 2}, stage, id=f"{precision} dp2 ep2 {stage}")
+        for precision, stages in (("fp32", (0, 2)), ("bf16", (0, 1, 2)))
+        for stage in stages
+    ),
+    pytest.param("fp32", 4, {"pipeline": 2, "expert": 2}, 1, id="fp32 pp2 dp2 ep2 1"),
+    pytest.param("bf16", 4, {"tensor": 2, "expert": 4}, 1, id="bf16 tp2 dp2 ep4 1"),
+]
+
+
+@pytest.mark.parametrize(("precision", "world_size", "axes", "zero_stage"), LAYOUTS)
 def test_resumed_run_equals_the_run_that_never_stopped(
-    ranks: Ranks, tmp_path: Path, precision: str, tensor: int, world_size: int, zero_stage: int
+    ranks: Ranks,
+    tmp_path: Path,
+    precision: str,
+    world_size: int,
+    axes: dict[str, int],
+    zero_stage: int,
 ) -> None:
     steps = 6
     sections = {
-        "model": {"num_layers": 1, "sequence_length": 8},
-        "parallel": {"tensor": tensor, "zero_stage": zero_stage},
+        "model": {"num_layers": axes.get("pipeline", 1), "sequence_length": 8},
+        "parallel": {**axes, "zero_stage": zero_stage},
         "training": {"steps": steps, "precision": precision, "warmup_steps": 2},
     }
     straight = _config(tmp_path / "straight", **sections)
