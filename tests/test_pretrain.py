@@ -264,7 +264,9 @@ def test_launcher_starts_both_ranks(launcher: Callable[[], list[str]], tmp_path:
 def _check_launched(outcome: Outcome, run_dir: Path) -> None:
     """One run of two steps on two ranks, not two runs on one rank each."""
     assert outcome.code == 0, outcome
-    assert outcome.out.count("2: tensor 2 x pipeline 1 x data 1") == outcome.out.count("Finished") == 1
+    assert (
+        outcome.out.count("2: tensor 2 x pipeline 1 x data 1") == outcome.out.count("Finished") == 1
+    )
     assert [record["step"] for record in metrics(run_dir)] == [1, 2]
 
 

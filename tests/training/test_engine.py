@@ -64,15 +64,23 @@ def test_evaluation_and_logits_are_those_of_one_rank(
         assert torch.equal(logits, found[0][1]), "ranks draw tokens from these"
 
 
-@pytest.mark.parametrize("zero_stage", range(4))
-def test_bf16_follows_fp32_and_keeps_fp32_masters(ranks: Ranks, zero_stage: int) -> None:
+BF16 = [(2, {"zero_stage": stage}) for stage in range(4)]
+BF16 += [(2, {"pipeline": 2, "zero_stage": stage}) for stage in (0, 1)]
+BF16 += [(2, {"expert": 2, "zero_stage": stage}) for stage in (0, 1, 2)]
+BF16 += [(4, {"tensor": 2, "expert": 4, "zero_stage": 1}), (2, {"tensor": 2, "zero_stage": 1})]
+
+
+@pytest.mark.parametrize(("world", "parallel"), BF16)
+def test_bf16_follows_fp32_and_keeps_fp32_masters(
+    ranks: Ranks, world: int, parallel: dict[str, int]
+) -> None:
     # Everything on, so that no near-tie of scores can send a token elsewhere.
     every: dict[str, Any] = {"feed_forward": {"top_k": 8}, "attention": {"top_k": 4}}
     expected = ranks(1).run(run_plainly, tiny_config(**every))[0]
     config = tiny_config(
-        **every, parallel={"zero_stage": zero_stage}, training={"precision": "bf16"}
+        **every, parallel=parallel, training={"precision": "bf16", "micro_batch_size": 1}
     )
-    outcomes = ranks(2).run(run_engine, config)
+    outcomes = ranks(world).run(run_engine, config)
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=0.02)
         assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=0.05)
