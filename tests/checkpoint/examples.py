@@ -16,7 +16,7 @@ def weight(step: int) -> torch.Tensor:
     return torch.arange(24.0).reshape(4, 6) + 100 * step
 
 
-def save(root: Path, step: int, keep: int = 10) -> Path:
+def save(root: Path, step: int, keep: int | None = 10) -> Path:
     """A checkpoint of two pieces by one process."""
     upper, lower = weight(step).split(2)
     pieces = [Piece(WEIGHT, upper, (4, 6), (0, 0)), Piece(WEIGHT, lower, (4, 6), (2, 0))]

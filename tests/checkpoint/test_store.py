@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.checkpoint.examples import WEIGHT, found, names, save, weight
-from uoe_parallel.checkpoint import Piece, find_checkpoint, save_checkpoint, store
+from uoe_parallel.checkpoint import (
+    Piece,
+    find_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    store,
+)
 from uoe_parallel.checkpoint.manifest import DTYPES
 from uoe_parallel.errors import UserError
 
@@ -154,6 +160,36 @@ def test_step_saved_again_leaves_no_trace_of_the_first(tmp_path: Path) -> None:
     save(tmp_path, 2, keep=2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
     assert found(tmp_path).step == 2
+
+
+def test_all_stay_on_request_and_each_can_be_opened(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 2):
+        save(tmp_path, step, keep=None)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000030"]
+    for step in (2, 30, 1):
+        reader = open_checkpoint(tmp_path, step, None)
+        assert reader.step == step
+        assert torch.equal(reader.read(WEIGHT), weight(step))
+
+
+def test_opening_a_step_takes_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for root in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(root, 2, None)
+        assert str(caught.value) == f"{root / 'step-00000002'} is not there"
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    os.truncate(tmp_path / "step-00000002" / "rank-00000.safetensors", 10)
+    with pytest.raises(UserError, match=r"step-00000002 is not whole .*has 10 bytes instead of"):
+        open_checkpoint(tmp_path, 2, None)
+    assert caplog.text == ""
+
+
+def test_opening_a_step_finds_it_while_it_was_being_replaced(tmp_path: Path) -> None:
+    """As if power had failed between putting the first aside and the second in place."""
+    folder = save(tmp_path, 1)
+    folder.replace(folder.with_name("step-00000001.replaced"))
+    assert torch.equal(open_checkpoint(tmp_path, 1, None).read(WEIGHT), weight(1))
 
 
 def test_leftovers_are_removed_and_strangers_are_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finding the newest whole checkpoint, and reading any box of any entry from it."""
+"""Finding the newest whole checkpoint, or a given step's, and reading any box of any entry."""
 
 from __future__ import annotations
 
@@ -87,25 +87,52 @@ def find_checkpoint(root: Path, group: ProcessGroup | None) -> CheckpointReader 
     once to compare checksums. Rank 0 logs a warning for each damaged checkpoint that is passed
     over. Raises UserError on every rank if there are checkpoints and all of them are damaged.
     """
-    names: list[str] = []
-    with shared_fate(f"can't look for checkpoints in {root}", "See that it can be read", group):
-        if rank_in(group) == 0:
-            names = [path.name for path in folders.list_checkpoints(root)]
-    problems: list[str] = []
-    for name in broadcast_json(names, group):
-        manifest, faults = _verify(root / name, group)
-        if manifest and not faults:
-            return CheckpointReader(root / name, manifest)
-        more = f" and {len(faults) - _FAULTS_TOLD} more" if len(faults) > _FAULTS_TOLD else ""
-        problems.append(f"{name}: {', '.join(faults[:_FAULTS_TOLD])}{more}")
-        if rank_in(group) == 0:
-            logger.warning("passing over a damaged checkpoint in %s: %s", root, problems[-1])
-    if problems:
+    reader, problems = _first_whole(root, _names(root, group), group)
+    if rank_in(group) == 0:
+        for problem in problems:
+            logger.warning("passing over a damaged checkpoint in %s: %s", root, problem)
+    if reader is None and problems:
         raise UserError(
             f"no checkpoint in {root} is whole ({'; '.join(problems)}). Bring one back from a "
             "copy, or move the folder away to start from the first step"
         )
-    return None
+    return reader
+
+
+def open_checkpoint(root: Path, step: int, group: ProcessGroup | None) -> CheckpointReader:
+    """The checkpoint of `step` in `root`, the same on every rank. Collective as `find_checkpoint`.
+
+    Raises UserError on every rank if it is not there or not whole.
+    """
+    names = [name for name in _names(root, group) if folders.step_of(Path(name)) == step]
+    reader, problems = _first_whole(root, names, group)
+    if reader is None:
+        found = f"is not whole ({'; '.join(problems)})" if problems else "is not there"
+        raise UserError(f"{root / folders.folder_name(step)} {found}")
+    return reader
+
+
+def _names(root: Path, group: ProcessGroup | None) -> list[str]:
+    """The names of the checkpoint folders as rank 0 sees them, newest first, on every rank."""
+    names: list[str] = []
+    with shared_fate(f"can't look for checkpoints in {root}", "See that it can be read", group):
+        if rank_in(group) == 0:
+            names = [path.name for path in folders.list_checkpoints(root)]
+    return broadcast_json(names, group)
+
+
+def _first_whole(
+    root: Path, names: Sequence[str], group: ProcessGroup | None
+) -> tuple[CheckpointReader | None, list[str]]:
+    """The first whole one of the named folders, and what is wrong with those before it."""
+    problems: list[str] = []
+    for name in names:
+        manifest, faults = _verify(root / name, group)
+        if manifest and not faults:
+            return CheckpointReader(root / name, manifest), problems
+        more = f" and {len(faults) - _FAULTS_TOLD} more" if len(faults) > _FAULTS_TOLD else ""
+        problems.append(f"{name}: {', '.join(faults[:_FAULTS_TOLD])}{more}")
+    return None, problems
 
 
 def _verify(folder: Path, group: ProcessGroup | None) -> tuple[Manifest | None, list[str]]:

@@ -58,19 +58,19 @@ def save_checkpoint(
     pieces: Sequence[Piece],
     state: Mapping[str, JsonValue],
     group: ProcessGroup | None,
-    keep: int,
+    keep: int | None,
 ) -> Path:
     """Save a checkpoint to `root`/step-<step> and return that folder. Collective over `group`.
 
     root: on a file system that all ranks share. pieces: of this rank, maybe none; over all
     ranks they tile each entry exactly. state: small, finite JSON, rank 0's counts. group: see
     `agreement`. keep: how many of the newest whole checkpoints up to this one stay; newer ones,
-    which only a run that has fallen back leaves ahead of itself, stay as well.
+    which only a run that has fallen back leaves ahead of itself, stay as well. None: all stay.
 
     Whenever this is interrupted, the checkpoints that were whole before remain so. Raises
     UserError on every rank when any can't write, after which no half of it is left.
     """
-    assert keep >= 1 and step >= 0
+    assert (keep is None or keep >= 1) and step >= 0
     final = root / folders.folder_name(step)
     partial = final.with_name(final.name + folders.PARTIAL)
     rank = rank_in(group)
@@ -153,8 +153,9 @@ def _kind(entry: dict[str, Any]) -> tuple[str, list[int]]:
     return entry["dtype"], entry["shape"]
 
 
-def _prune(saved: Path, keep: int) -> None:
-    """Remove the checkpoints older than the newest `keep` whole ones, `saved` the first of them.
+def _prune(saved: Path, keep: int | None) -> None:
+    """Remove the checkpoints older than the newest `keep` whole ones, `saved` the first of them;
+    with None, only what `saved` took the place of.
 
     A checkpoint counts when its files have their right sizes: reading them all at every save
     would cost too much. One that turns out damaged never counts against the one just saved.
@@ -168,7 +169,7 @@ def _prune(saved: Path, keep: int) -> None:
             twin = folders.step_of(folder) == step and folder != saved
             if twin or whole == keep:
                 folders.discard(folder)
-            else:
+            elif keep is not None:
                 whole += folder == saved or _looks_whole(folder)
     except OSError as error:
         # The new checkpoint is safe: not worth stopping a run for.
