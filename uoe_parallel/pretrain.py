@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(format_config(config), end="")
         else:
             layout = ParallelLayout.from_config(config.parallel, world_size)
-            _run(config, layout, options)
+            _run(_without_record(config) if options.dry_run else config, layout, options)
     except UserError as error:
         if rank == 0:
             print(f"uoe-pretrain: {error}", file=sys.stderr, flush=True)
@@ -97,6 +97,12 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
             return
         trainer.train()
         _conclude(config, options, trainer.finish(), console)
+
+
+def _without_record(config: RunConfig) -> RunConfig:
+    """`config` for a run that writes nothing."""
+    routes = config.routes.model_copy(update={"record": None})
+    return config.model_copy(update={"routes": routes})
 
 
 def _introduce(

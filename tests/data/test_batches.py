@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from uoe_parallel.data.batches import (
     MicroBatch,
+    batch_rows,
     epoch_permutation,
     evaluation_batches,
     sample_numbers,
@@ -90,6 +91,31 @@ def test_global_batch_is_the_same_under_every_layout(micro: int, data_size: int)
         in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
         expected = sample_numbers(17, step, seed=5, global_batch_size=size)
         assert drawn(in_order) == expected.tolist()
+
+
+@given(micro=st.integers(1, 4), data_size=st.integers(1, 4), count=st.integers(1, 4))
+def test_rows_of_a_rank_name_its_sequences_of_the_global_batch(
+    micro: int, data_size: int, count: int
+) -> None:
+    dataset, size, step = Windows(100), micro * data_size * count, 3
+    numbers = sample_numbers(100, step, seed=5, global_batch_size=size)
+    held: list[int] = []
+    for rank in range(data_size):
+        rows = batch_rows(size, micro_batch_size=micro, data_rank=rank, data_size=data_size)
+        assert rows.shape == (count, micro)
+        batches = step_batches(
+            dataset,
+            step,
+            seed=5,
+            global_batch_size=size,
+            micro_batch_size=micro,
+            data_rank=rank,
+            data_size=data_size,
+        )
+        for batch, row in zip(batches, rows, strict=True):
+            assert drawn([batch]) == numbers[row].tolist()
+        held += rows.flatten().tolist()
+    assert sorted(held) == list(range(size))
 
 
 def test_micro_batch_holds_inputs_and_the_tokens_that_follow() -> None:

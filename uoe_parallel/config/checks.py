@@ -7,6 +7,7 @@ the rule was run on a stand-in for its value and its verdict is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
@@ -207,6 +208,23 @@ def validation_has_data(config: RunConfig) -> Iterator[Fault]:
         yield Fault(fields, every, problem, "give data.validation, or use 0")
 
 
+def one_use_of_routes(config: RunConfig) -> Iterator[Fault]:
+    given = {f"routes.{use}": folder for use, folder in config.routes if folder is not None}
+    if len(given) > 1:
+        first, *others = given
+        problem = f"is given together with {' and '.join(others)}"
+        yield Fault(tuple(given), given[first], problem, "keep one of them")
+
+
+def routes_beside_checkpoints(config: RunConfig) -> Iterator[Fault]:
+    """Both name their folders by steps: a record would take the place of checkpoints."""
+    record, checkpoints = config.routes.record, Path(config.run_dir, "checkpoints")
+    if record is not None and Path(record).resolve() == checkpoints.resolve():
+        problem = "is the folder of the run's checkpoints"
+        mend = f"use another folder, such as {show(str(Path(config.run_dir, 'routes')))}"
+        yield Fault(("routes.record", "run_dir"), record, problem, mend)
+
+
 def experts_widen_tensor_groups(config: RunConfig) -> Iterator[Fault]:
     """An expert group is a run of whole tensor groups, and rows are exchanged within it."""
     parallel = config.parallel
@@ -290,6 +308,8 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     betas_in_range,
     validation_has_data,
+    one_use_of_routes,
+    routes_beside_checkpoints,
     passthrough_faults,
 )
 """Every rule that needs nothing but the config."""

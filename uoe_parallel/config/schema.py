@@ -153,6 +153,22 @@ class LoggingConfig(Section):
     tensorboard: bool = True
 
 
+class RoutesConfig(Section):
+    """Keeping the routes of training steps (which experts each token visits) and using kept ones.
+
+    A record lies in <folder>/step-<step>, a folder that all ranks share. Any layout reads what any
+    other wrote. At most one of the three is given."""
+
+    record: str | None = None
+    """Folder that gets the routes of every step; a step that is taken again is written again."""
+    replay: str | None = None
+    """Folder of a record to follow: tokens visit the recorded experts, whatever their scores."""
+    compare: str | None = None
+    """Folder of a record to compare with; the run keeps its own routes. Like replay, this reports
+    routes/flipped_tokens, how many tokens would not by themselves go where the record says, among
+    routes/tokens: sums over routed blocks and the steps since the last report."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -166,6 +182,7 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    routes: RoutesConfig = RoutesConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
 

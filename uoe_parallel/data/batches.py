@@ -65,10 +65,24 @@ def step_batches(
     union over data ranks is the same for every `data_size`, and micro-batch i of all ranks
     together is the same for every way to write the same product of the two.
     """
-    assert global_batch_size % (micro_batch_size * data_size) == 0
     numbers = sample_numbers(len(dataset), step, seed=seed, global_batch_size=global_batch_size)
-    shares = numbers.reshape(-1, data_size, micro_batch_size)[:, data_rank]
-    return [_micro_batch(dataset, share, micro_batch_size) for share in shares]
+    rows = batch_rows(
+        global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+    return [_micro_batch(dataset, share, micro_batch_size) for share in numbers[rows]]
+
+
+def batch_rows(
+    global_batch_size: int, *, micro_batch_size: int, data_rank: int, data_size: int
+) -> NDArray[np.int64]:
+    """Which sequences of the global batch this data rank's micro-batches hold, in their order:
+    int64 [micro-batches, micro_batch_size]. Over data ranks, each row is held once."""
+    assert global_batch_size % (micro_batch_size * data_size) == 0
+    rows = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)
+    return rows[:, data_rank]
 
 
 def evaluation_batches(

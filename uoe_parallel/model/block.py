@@ -17,6 +17,7 @@ from uoe_parallel.parallel import comm
 from uoe_parallel.routing.balance import load_balance_loss, z_loss
 from uoe_parallel.routing.router import Router, Routing
 from uoe_parallel.routing.statistics import RoutingStatistics
+from uoe_parallel.routing.tape import RouteTape
 
 
 class Union(Protocol):
@@ -78,7 +79,8 @@ class RoutedBlock(DenseBlock):
     `experts` lie over `expert_group`: the tensor group `group`, or more ranks around it that hold
     other sequences. `loss_weight_per_sequence` turns sums of a sequence's balance losses into the
     share of the step's loss that this rank's backward pass must carry: data-parallel size / global
-    batch size under gradient averaging.
+    batch size under gradient averaging. A `tape` sees the masks of training passes and may replace
+    them.
     """
 
     def __init__(
@@ -104,11 +106,15 @@ class RoutedBlock(DenseBlock):
         self.router_weight = nn.Parameter(weight.to(dtype))
         self.loss_weight = loss_weight_per_sequence
         self.statistics = RoutingStatistics.zeros(num_experts)
+        self.tape: RouteTape | None = None
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
         scores_SBE = self._scores(x_SBD)
-        routing = Routing(self._select(scores_SBE), self.router.gate(scores_SBE))
+        mask_SBE = self._select(scores_SBE)
+        if self.training and self.tape is not None:
+            mask_SBE = self.tape(mask_SBE)
+        routing = Routing(mask_SBE, self.router.gate(scores_SBE))
         y_SBD = self.add_bias(self._run(x_SBD, routing))
         if not torch.is_grad_enabled():
             return y_SBD

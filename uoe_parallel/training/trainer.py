@@ -37,6 +37,7 @@ from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.generation import sample
 from uoe_parallel.training.metrics import Kind, MetricsWriter, Values, bits_per_byte
 from uoe_parallel.training.pipeline import build_engine
+from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import routing_report
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
@@ -119,6 +120,7 @@ class Trainer:
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
         self.picks = f"{type(backend).__name__}, {self.engine.optimizer_name}"
+        self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
         self.metrics: MetricsWriter | None = None
         self.step = 0
@@ -172,7 +174,8 @@ class Trainer:
                 )
                 self._check_tokens(batches, self.config.data.train)
                 batches = [batch.to(self.device.torch_device) for batch in batches]
-            result = StepResult(*self.engine.step(batches, self.step, self.timer))
+            with self.routes.step(self.step):
+                result = StepResult(*self.engine.step(batches, self.step, self.timer))
         self._check_finite(result)
         self.step += 1
         return result
@@ -332,6 +335,7 @@ class Trainer:
             "peak_memory_bytes": memory,
             **{f"seconds/{part}": value for part, value in seconds.items()},
             **routing,
+            **self.routes.report(),
         }
         self._record("train", values)
         self.console.report(self.step, values)
