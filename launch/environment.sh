@@ -1,5 +1,5 @@
 # Sourced by scripts that run something in this checkout: goes to its top, and offers `step` and
-# `make_environment`. Nothing is activated: they call .venv/bin/... by name. The folder .venv is
+# `make_environment`. Nothing is activated: they call $environment/bin/... by name. That folder is
 # theirs: they rebuild one that they did not finish.
 
 caller=$PWD
@@ -20,7 +20,7 @@ step() {
     echo "==> $name: done in $((SECONDS - start)) s"
 }
 
-# find_python: print the interpreter to build .venv from, $PYTHON if it is set.
+# find_python: print the interpreter to build from, $PYTHON if it is set.
 find_python() {
     local candidate candidates=(python3.11 python3.12 python3 python)
     [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
@@ -33,34 +33,41 @@ find_python() {
     done
     echo "Python 3.11 or 3.12 is needed and '${PYTHON:-python3}' is not one: install it, or name" \
         "one that you have: PYTHON=/path/to/python3.11 bash $0" >&2
+    echo "FAILED: environment: find Python" >&2
     return 1
 }
 
-# make_environment REQUIREMENTS: .venv with the pinned packages and this one, made only once.
+# make_environment REQUIREMENTS: a folder with the pinned packages and this one, made only once.
+# $environment is .venv, or .venv-3.12 if $PYTHON is a Python 3.12, which has pins of its own.
 make_environment() {
-    local requirements=$1 installed=.venv/installed pins python
+    local requirements=$1 installed pins python
+    environment=.venv
+    if [[ -n ${PYTHON:-} ]]; then
+        python=$(find_python) || exit
+        [[ $("$python" --version) != "Python 3.12."* ]] || environment=.venv-3.12
+    fi
+    installed=$environment/installed
     pins=$(cat pyproject.toml requirements.txt requirements-test.txt | sha256sum | cut -c1-16)
     if grep -qsxF "$PWD $pins $requirements" "$installed"; then
-        echo "==> environment: found .venv with $requirements installed, reusing it"
+        echo "==> environment: found $environment with $requirements installed, reusing it"
         return
     fi
     # An installation that was cut off, or made elsewhere and moved here, can't be trusted.
     if [[ -e $installed ]] && ! grep -qF "$PWD " "$installed"; then
-        step "environment: remove the unfinished or moved .venv" rm -rf .venv
+        step "environment: remove the unfinished or moved $environment" rm -rf "$environment"
     fi
-    if [[ ! -x .venv/bin/python ]]; then
-        python=$(find_python) || {
-            echo "FAILED: environment: find Python" >&2
-            exit 1
-        }
-        mkdir -p .venv
+    if [[ ! -x $environment/bin/python ]]; then
+        python=$(find_python) || exit
+        mkdir -p "$environment"
         echo unfinished >"$installed"
-        step "environment: make .venv with $("$python" --version)" "$python" -m venv .venv
+        step "environment: make $environment with $("$python" --version)" \
+            "$python" -m venv "$environment"
     fi
     echo unfinished >"$installed"
-    step "environment: install $requirements" .venv/bin/python -m pip install -r "$requirements"
+    step "environment: install $requirements" \
+        "$environment/bin/python" -m pip install -r "$requirements"
     step "environment: install uoe_parallel" \
-        .venv/bin/python -m pip install --no-deps --no-build-isolation --editable .
+        "$environment/bin/python" -m pip install --no-deps --no-build-isolation --editable .
     # The requirements of the tests include those of a run.
     printf '%s\n' "$PWD $pins requirements.txt" "$PWD $pins $requirements" >"$installed"
 }

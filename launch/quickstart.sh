@@ -9,8 +9,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment requirements.txt
-step "corpus" .venv/bin/python tools/make_quickstart_corpus.py runs/data/stdlib
+step "corpus" "$environment/bin/python" tools/make_quickstart_corpus.py runs/data/stdlib
 # Two ranks on two cores: more threads would only wait for each other.
 export OMP_NUM_THREADS=1
-step "training" .venv/bin/torchrun --standalone --nproc-per-node 2 \
+step "training" "$environment/bin/torchrun" --standalone --nproc-per-node 2 \
     -m uoe_parallel.pretrain --config configs/cpu_quickstart.yaml "$@"

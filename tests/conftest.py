@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,10 @@ from tests.harness import Ranks
 # Examples that start collectives take as long as the machine is busy.
 settings.register_profile("uoe", deadline=None, print_blob=True)
 settings.load_profile("uoe")
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ for argument in "$@"; do
 done
 
 make_environment requirements-test.txt
-step "ruff check" .venv/bin/ruff check .
-step "ruff format" .venv/bin/ruff format --check .
-step "pyright" .venv/bin/pyright
-step "pytest" .venv/bin/python -m pytest "${selection[@]}" "${arguments[@]}"
+step "ruff check" "$environment/bin/ruff" check .
+step "ruff format" "$environment/bin/ruff" format --check .
+step "pyright" "$environment/bin/pyright" --pythonpath "$environment/bin/python"
+step "pytest" "$environment/bin/python" -m pytest "${selection[@]}" "${arguments[@]}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from itertools import pairwise
 from math import prod
@@ -125,3 +127,52 @@ def test_a_step_that_fails_is_named_and_ends_the_script(tmp_path: Path) -> None:
     assert "==> first: done" in ended.stdout
     assert "FAILED: second" in ended.stderr
     assert "on" not in ended.stdout.split()
+
+
+_PYTHON_STUB = """#!/usr/bin/env bash
+# Says that it is Python {version}, makes environments of itself, installs nothing.
+case "$1 ${{2:-}}" in
+    "--version ") echo "Python {version}" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac
+"""
+
+
+def _environment(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Make the environment of `checkout`; the last line is its folder and its Python's version."""
+    script = (
+        "set -euo pipefail; source launch/environment.sh; make_environment requirements.txt;"
+        'echo "$environment: $("$environment/bin/python" --version)"'
+    )
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=checkout,
+        env={"PATH": f"{checkout}:{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_python_3_12_has_an_environment_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    names = ("launch/environment.sh", "pyproject.toml", "requirements.txt", "requirements-test.txt")
+    for name in names:
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    for name, version in (("python3.11", "3.11.9"), ("another", "3.12.1")):
+        (tmp_path / name).write_text(_PYTHON_STUB.format(version=version))
+        (tmp_path / name).chmod(0o755)
+
+    for told in ("make {} with Python", "found {} with requirements.txt"):
+        default = _environment(tmp_path)
+        assert f"==> environment: {told.format('.venv')}" in default.stdout, default
+        assert default.stdout.endswith("\n.venv: Python 3.11.9\n")
+        other = _environment(tmp_path, PYTHON="another")
+        assert f"==> environment: {told.format('.venv-3.12')}" in other.stdout, other
+        assert other.stdout.endswith("\n.venv-3.12: Python 3.12.1\n")
+
+    named = _environment(tmp_path, PYTHON="python3.11")
+    assert "found .venv with requirements.txt" in named.stdout, named
+    refused = _environment(tmp_path, PYTHON="no-python")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "'no-python' is not one" in refused.stderr

@@ -232,7 +232,9 @@ def test_torchrun_starts_both_ranks_and_is_told_as_the_way_on(ranks: Ranks, tmp_
     outcome = launch([script("torchrun"), *start, "--config", path])
 
     _check_launched(outcome, tmp_path / "run")
-    assert outcome.err == ""
+    # A torch built for CUDA says so where it finds the toolkit but no GPU.
+    said = [line for line in outcome.err.splitlines() if "No CUDA runtime is found" not in line]
+    assert said == []
     torchrun, *command = shlex.split(_way_on(outcome.out))
     assert (CHECKOUT / torchrun).samefile(script("torchrun"))
     assert command[: len(start)] == start

@@ -225,7 +225,7 @@ def test_gradients_that_overflow_reach_no_checkpoint(
 def test_torchrun_ends_with_one_message(tmp_path: Path) -> None:
     path = _token_beyond_vocabulary(tmp_path, 0)
     torchrun = [script("torchrun"), "--standalone", "--nproc-per-node", "2"]
-    outcome = launch([*torchrun, "-m", "uoe_parallel.pretrain", "--config", path], timeout=60)
+    outcome = launch([*torchrun, "-m", "uoe_parallel.pretrain", "--config", path])
 
     assert outcome.code != 0
     assert outcome.err.count("uoe-pretrain: ") == 1, outcome.err

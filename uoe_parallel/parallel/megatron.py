@@ -1,4 +1,4 @@
-"""What we say to megatron-core's layers, in one place."""
+"""What we say to megatron-core's layers, and the place for what differs between its versions."""
 
 from __future__ import annotations
 
