@@ -80,7 +80,7 @@ def page_with(table: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put it into docs/parallelism.md")
     if parser.parse_args().write:
         PAGE.write_text(page_with(table()), encoding="utf-8")
