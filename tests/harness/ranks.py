@@ -17,6 +17,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from tests.harness.messages import DIED, HANGING, Case, RankFailure, Success
 from tests.harness.rank import STACKS_SIGNAL, serve
 
@@ -25,6 +27,9 @@ R = TypeVar("R")
 GRACE = 2.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
 OUTPUT_CHARACTERS = 6000
+WORN = 40
+"""Threads of an idle rank from which on it is replaced. ZeRO's hooks keep engines alive that nobody
+knows any more, these keep their groups, and every group of gloo has threads that wake up often."""
 PRELOAD = [
     *("numpy", "pydantic", "yaml", "safetensors.torch", "hypothesis", "pytest", "torch"),
     *("deepspeed", "deepspeed.runtime.sequence_parallel.parallel_state_sp", "megatron.core"),
@@ -120,6 +125,12 @@ class _Worker:
         while size != (size := self._log.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    def is_usable(self) -> bool:
+        """Whether it lives and carries little of its past."""
+        if not self.process.is_alive():
+            return False
+        return psutil.Process(self.process.pid).num_threads() < WORN
+
     def kill(self) -> None:
         self.connection.close()
         self.process.kill()
@@ -135,8 +146,8 @@ class _Worker:
 class Ranks:
     """`ranks(world_size)` is a RankPool. One set of processes serves all world sizes.
 
-    A process is started when a case first needs it. It stays until `close`, or until a case
-    kills it or has to be killed; it is then replaced at the next use.
+    A process is started when a case first needs it. It stays until `close`, until a case kills it
+    or has to be killed, or until it is worn; it is then replaced at the next use.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -168,8 +179,12 @@ class Ranks:
         killed. Returns outcomes ordered by rank.
         """
         for rank in range(world_size):
-            if rank not in self._workers or not self._workers[rank].process.is_alive():
-                self._workers[rank] = _Worker(self._folder / f"rank{rank}.log")
+            worker = self._workers.get(rank)
+            if worker is not None and worker.is_usable():
+                continue
+            if worker is not None:
+                worker.close()
+            self._workers[rank] = _Worker(self._folder / f"rank{rank}.log")
         store = self._folder / f"case{next(self._cases)}"
         case = Case(call, 0, world_size, store, _free_port())
         outcomes: dict[int, Success | RankFailure] = {}
