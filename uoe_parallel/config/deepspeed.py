@@ -42,6 +42,10 @@ _REFUSED = {
         "would split sequences that are already split",
         "set parallel.sequence_parallel instead",
     ),
+    "activation_checkpointing": (
+        "is not read, and partitioning would mix activations that are already split",
+        "set training.recompute_layers instead",
+    ),
     "expert_parallel": (
         "would place experts that are already placed",
         "set parallel.tensor instead",

@@ -107,6 +107,8 @@ class RoutedBlock(DenseBlock):
         routing = Routing(self._select(scores_SBE), self.router.gate(scores_SBE))
         run = run_sharded if self.sequence_parallel else run_replicated
         y_SBD = self.add_bias(run(x_SBD, routing, self.experts, self.group))
+        # Also the first of two passes when a layer is recomputed: losses and statistics are the
+        # second's, the only one that has a backward pass.
         if not torch.is_grad_enabled():
             return y_SBD
         return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))

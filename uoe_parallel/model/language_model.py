@@ -19,11 +19,13 @@ from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.dropout import Dropout
 from uoe_parallel.model.initialization import Initializer
 from uoe_parallel.model.norm import RMSNorm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.random import recompute
 
 
 class LayerBuilder:
@@ -48,6 +50,12 @@ class LayerBuilder:
             sequence_parallel=self.groups.layout.sequence_parallel,
         )
 
+    def dropout(self) -> Dropout:
+        return Dropout(
+            self.config.model.dropout,
+            sequence_parallel=self.groups.layout.sequence_parallel,
+        )
+
     def attention(self, layer: int) -> DenseBlock:
         model, name = self.config.model, f"layers.{layer}.attention"
         experts = SelectiveMultiHeadAttention(
@@ -61,6 +69,7 @@ class LayerBuilder:
             qkv_init=self.init.normal(f"{name}.qkv", model.init_std),
             output_init=self.init.normal(f"{name}.output", self._output_std()),
             group=self.groups.tensor,
+            dropout=model.attention_dropout,
         )
         return self._block(experts, model.kv_heads, layer, "attention")
 
@@ -107,7 +116,7 @@ class LayerBuilder:
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), both terms with dropout."""
 
     def __init__(self, builder: LayerBuilder, layer: int) -> None:
         super().__init__()
@@ -115,10 +124,17 @@ class TransformerBlock(nn.Module):
         self.attention = builder.attention(layer)
         self.feed_forward_norm = builder.norm()
         self.feed_forward = builder.feed_forward(layer)
+        self.dropout = builder.dropout()
+        self.recompute = builder.config.training.recompute_layers
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD))
-        return x_SBD + self.feed_forward(self.feed_forward_norm(x_SBD))
+        if self.recompute and torch.is_grad_enabled() and x_SBD.requires_grad:
+            return recompute(self._forward, x_SBD)
+        return self._forward(x_SBD)
+
+    def _forward(self, x_SBD: Tensor) -> Tensor:
+        x_SBD = x_SBD + self.dropout(self.attention(self.attention_norm(x_SBD)))
+        return x_SBD + self.dropout(self.feed_forward(self.feed_forward_norm(x_SBD)))
 
 
 class Embedding(nn.Module):
@@ -134,11 +150,13 @@ class Embedding(nn.Module):
             config=builder.megatron,
             tp_group=builder.groups.tensor,
         )
+        self.dropout = builder.dropout()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         self.tokens.reduce_scatter_embeddings = self.sequence_parallel
         hidden = self.tokens(tokens_BS)
-        return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        hidden = hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        return self.dropout(hidden)
 
 
 class Head(nn.Module):
