@@ -71,6 +71,7 @@ def _make_groups(tensor: int) -> tuple[int, int, int]:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     groups._create_expert_and_data_parallel(tensor)  # pyright: ignore[reportAttributeAccessIssue]
     groups.mpu = parallel_state  # pyright: ignore[reportAttributeAccessIssue]
+    deepspeed.checkpointing.get_cuda_rng_tracker().add("left behind", 1)
     cycle: list[object] = [dist.group.WORLD]  # As an engine of DeepSpeed is one.
     cycle.append(cycle)
     os.environ["LEFT_BEHIND"] = "1"
@@ -102,6 +103,7 @@ def _remains() -> list[str]:
     checks = {
         "deepspeed's backend": deepspeed.comm.comm.cdb is not None,
         "deepspeed's mpu": groups.mpu is not None,
+        "deepspeed's random streams": deepspeed.checkpointing.get_cuda_rng_tracker().get_states(),
         "torch's groups": len(distributed_c10d._world.pg_map) != 1,
         "environment": "LEFT_BEHIND" in os.environ,
         "default dtype": torch.get_default_dtype() != torch.float32,

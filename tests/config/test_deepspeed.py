@@ -163,7 +163,15 @@ def test_a_section_has_to_be_a_mapping(section: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["optimizer", "scheduler", "gradient_accumulation_steps", "torch_autocast", "bfloat16"]
+    "key",
+    [
+        "optimizer",
+        "scheduler",
+        "gradient_accumulation_steps",
+        "torch_autocast",
+        "bfloat16",
+        "activation_checkpointing",
+    ],
 )
 def test_keys_that_are_never_deepspeeds(key: str) -> None:
     (fault,) = faults(run_config(passthrough={key: {}}))

@@ -119,6 +119,13 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
         ("seed=true", "seed = true is not an integer of at least 0; give an integer of at least 0"),
         ("seed=010", "seed = 10.0 is not an integer of at least 0; write 10"),
         (
+            "model.dropout=1",
+            (
+                "model.dropout = 1 is not a finite number of at least 0 and below 1; "
+                "give a finite number of at least 0 and below 1"
+            ),
+        ),
+        (
             "training.eps='1e-8'",
             'training.eps = "1e-8" is not a finite number above 0; write 1e-08',
         ),

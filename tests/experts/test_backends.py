@@ -29,6 +29,7 @@ from uoe_parallel.experts.backends import (
     FlashBackend,
     GroupedBackend,
     LoopBackend,
+    PaddedAttention,
     ReferenceBackend,
     choose_backend,
 )
@@ -151,6 +152,28 @@ def test_reference_gives_a_row_the_same_bits_whatever_comes_later(
     attended = backend.causal_attention(q, k, v, whole)[:kept]
     assert torch.equal(backend.causal_attention(q[:kept], k[:kept], v[:kept], part), attended)
     assert torch.equal(backend.products(k[:kept], w, part), backend.products(k, w, whole)[:kept])
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((backend.values[0], backend.values[1]) for backend in BACKENDS), (FlashBackend(), None)],
+)
+def test_dropout_of_attention_probabilities(backend: Backend, dtype: torch.dtype | None) -> None:
+    """Of each row, head and run on its own; the kept ones are scaled to keep their mean."""
+    lengths, share = [9, 0, 16], 0.3
+    q, k, _ = (t.to(dtype or torch.float32) for t in _leaves((25, 2, 16), (25, 16), (25, 16)))
+    # With the rows of an identity as values, what comes out are the probabilities.
+    v = torch.cat([torch.eye(length, 16, dtype=q.dtype) for length in lengths])
+    expected = PaddedAttention().causal_attention(q, k, v, torch.tensor(lengths))
+    torch.manual_seed(0)
+    found = backend.causal_attention(q, k, v, torch.tensor(lengths), share)
+    visible = expected > 0
+    dropped = visible & (found == 0)
+    wanted = (expected / (1 - share)).masked_fill(dropped, 0)
+    torch.testing.assert_close(found, wanted, rtol=FP32.rtol, atol=FP32.atol)
+    assert dropped.sum() / visible.sum() == pytest.approx(share, abs=0.1)
+    assert not torch.equal(dropped[:, 0], dropped[:, 1])
+    assert not torch.equal(dropped[:9], dropped[9:18])
 
 
 UNIONS: list[Spec] = [

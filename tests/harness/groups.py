@@ -54,5 +54,6 @@ def reset_groups() -> None:
     Init.param_id = 0
     (module_count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ or ([0],)
     module_count[0] = 0
+    deepspeed.checkpointing.get_cuda_rng_tracker().reset()
     # Engines are reference cycles that hold groups, and groups hold threads and sockets.
     gc.collect()

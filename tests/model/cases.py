@@ -13,12 +13,15 @@ from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import ParallelGroups, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import gather_full
 
 
 def start(config: RunConfig) -> ParallelGroups:
     use_device(0)
-    return start_groups(ParallelLayout.from_config(config.parallel, dist.get_world_size()))
+    groups = start_groups(ParallelLayout.from_config(config.parallel, dist.get_world_size()))
+    seed_streams(config.seed, groups)
+    return groups
 
 
 def build_model(

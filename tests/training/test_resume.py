@@ -55,7 +55,7 @@ class _Witness(TrainingConsole):
         super().report(step, values)
         loss, norm = values["loss"], values["gradient_norm"]
         assert isinstance(loss, float) and isinstance(norm, float)
-        # Training itself draws nothing at present; the drawn amount tells ranks apart.
+        # Dropout has streams of its own; the drawn amount tells ranks apart.
         draws = torch.rand(dist.get_rank() + 1)
         self.steps[step] = Step(loss, norm, draws[-1].item())
         if step == self._crash_after:
@@ -118,10 +118,17 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     zero_stage: int,
 ) -> None:
     steps = 6
+    dropout = 0.2 if precision == "fp32" else 0.0
+    model = {"dropout": dropout, "attention_dropout": dropout}
     sections = {
-        "model": {"num_layers": axes.get("pipeline", 1), "sequence_length": 8},
+        "model": {"num_layers": axes.get("pipeline", 1), "sequence_length": 8, **model},
         "parallel": {**axes, "zero_stage": zero_stage},
-        "training": {"steps": steps, "precision": precision, "warmup_steps": 2},
+        "training": {
+            "steps": steps,
+            "precision": precision,
+            "warmup_steps": 2,
+            "recompute_layers": precision == "fp32",
+        },
     }
     straight = _config(tmp_path / "straight", **sections)
     broken = _config(tmp_path / "broken", **sections, checkpoint={"every": 3})
@@ -253,6 +260,15 @@ def test_data_that_moved_is_taken(ranks: Ranks, saved: tuple[Path, float], tmp_p
         shutil.copy(file, tmp_path)
     overrides = [_copy(saved, tmp_path / "run"), f"data.train={tmp_path / 'train'}"]
     life, _ = ranks(2).run(_live, load_config(saved[0], [*overrides, "training.steps=3"]))
+    assert list(life.steps) == [3]
+
+
+def test_dropout_and_recomputation_may_change(
+    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
+) -> None:
+    changes = ["model.dropout=0.1", "model.attention_dropout=0.1", "training.recompute_layers=true"]
+    overrides = [_copy(saved, tmp_path / "run"), *changes, "training.steps=3"]
+    life, _ = ranks(2).run(_live, load_config(saved[0], overrides))
     assert list(life.steps) == [3]
 
 

@@ -42,6 +42,10 @@ _REFUSED = {
         "would split sequences that are already split",
         "set parallel.sequence_parallel instead",
     ),
+    "activation_checkpointing": (
+        "is not read, and partitioning would mix activations that are already split",
+        "set training.recompute_layers instead",
+    ),
     "expert_parallel": (
         "would place experts that are already placed",
         "set parallel.tensor instead",
@@ -80,6 +84,9 @@ def _derived(config: RunConfig) -> list[_Setting]:
         # On by default, and it corrupts activations that sequence parallelism has cut already.
         _Setting("pipeline.pipe_partitioned", False),
         _Setting("pipeline.grad_partitioned", False),
+        # Layers recompute themselves; DeepSpeed would recompute the embedding too, whose input has
+        # no gradient, and lose that of its weights.
+        _Setting("pipeline.activation_checkpoint_interval", 0, "training.recompute_layers"),
         # DeepSpeed knows only its own optimizers as tested with ZeRO and with offloading.
         _Setting("zero_allow_untested_optimizer", True),
         _Setting("zero_force_ds_cpu_optimizer", False),

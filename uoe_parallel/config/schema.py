@@ -76,6 +76,11 @@ class ModelConfig(Section):
     """The vocabulary is padded to a multiple of this, which the tensor size must divide."""
     norm_eps: float = Field(default=1e-5, gt=0)
     rope_base: float = Field(default=10000.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of elements zeroed in training: of the embedding's output, and of each block's output
+    before it is added to the residual stream."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of attention probabilities zeroed in training, in routed and dense blocks alike."""
     init_std: float = Field(default=0.02, gt=0)
     router_init_std: float = Field(default=0.02, gt=0)
 
@@ -130,6 +135,8 @@ class TrainingConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    recompute_layers: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
     validate_every: NonNegativeInt = 0
     """Steps between validation passes; 0 validates only at the end."""
     validation_sequences: PositiveInt = 64

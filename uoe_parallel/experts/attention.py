@@ -18,6 +18,7 @@ from uoe_parallel.experts.slices import (
     SlicedColumnParallelLinear,
     SlicedRowParallelLinear,
 )
+from uoe_parallel.parallel.random import Stream, draw_from
 from uoe_parallel.parallel.sharding import gather_full, load_full
 
 
@@ -60,6 +61,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         qkv_init: InitMethod,
         output_init: InitMethod,
         group: ProcessGroup,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         assert hidden_size % num_heads == 0 and num_heads % num_kv_heads == 0
@@ -68,6 +70,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         self.queries_per_expert = num_heads // num_kv_heads
         self.head_width = hidden_size // num_heads
         self.rope_base = rope_base
+        self.dropout = dropout
         self.backend = backend
         self.group = group
         self.qkv = SlicedColumnParallelLinear(
@@ -109,9 +112,11 @@ class SelectiveMultiHeadAttention(nn.Module):
         q_NHd, k_N1d, v_N1d = self._split(qkv_N)
         q_NHd = rotate(q_NHd, assignment.position_N, self.rope_base)
         k_N1d = rotate(k_N1d, assignment.position_N, self.rope_base)
-        attended_NHd = self.backend.causal_attention(
-            q_NHd, k_N1d.squeeze(1), v_N1d.squeeze(1), assignment.run_lengths_G
-        )
+        dropout = self.dropout if self.training else 0.0
+        with draw_from(Stream.RANK, dropout):  # other heads on every rank
+            attended_NHd = self.backend.causal_attention(
+                q_NHd, k_N1d.squeeze(1), v_N1d.squeeze(1), assignment.run_lengths_G, dropout
+            )
         gated = attended_NHd.flatten(1) * gates_N.to(x.dtype).unsqueeze(1)
         return assignment.sum_by_row(self.output(gated, counts_E, self.backend))
 
@@ -131,7 +136,11 @@ class SelectiveMultiHeadAttention(nn.Module):
         q = rotate(q, position, self.rope_base)
         k = rotate(k, position, self.rope_base)
         q, k, v = (t.flatten(2, 3).permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, d]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        dropout = self.dropout if self.training else 0.0
+        with draw_from(Stream.RANK, dropout):
+            attended = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True
+            )
         return self.output(attended.permute(2, 0, 1, 3).reshape(length, batch, -1))
 
     def load_dense(self, dense: DenseAttentionWeights) -> None:

@@ -24,11 +24,17 @@ class Backend(Protocol):
         ...
 
     def causal_attention(
-        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+        self,
+        q_NHd: Tensor,
+        k_Nd: Tensor,
+        v_Nd: Tensor,
+        run_lengths_G: Tensor,
+        dropout: float = 0.0,
     ) -> Tensor:
         """Attention within each run of rows, each row seeing itself and those before: [N, H, d].
 
         The H query heads of a row share its key and value. run_lengths_G: int64 with sum N.
+        dropout: the share of probabilities to zero, drawn from the default generator.
         """
         ...
 
@@ -41,7 +47,12 @@ class PaddedAttention:
     """
 
     def causal_attention(
-        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+        self,
+        q_NHd: Tensor,
+        k_Nd: Tensor,
+        v_Nd: Tensor,
+        run_lengths_G: Tensor,
+        dropout: float = 0.0,
     ) -> Tensor:
         num_runs, (_, num_heads, width) = run_lengths_G.shape[0], q_NHd.shape
         # At least one (padding) position, so that ranks without a row take the same path.
@@ -59,7 +70,9 @@ class PaddedAttention:
         shape = (num_runs, num_heads, longest, width)
         k_GHSd = pad(k_Nd.unsqueeze(1)).expand(shape)
         v_GHSd = pad(v_Nd.unsqueeze(1)).expand(shape)
-        out_GHSd = F.scaled_dot_product_attention(pad(q_NHd), k_GHSd, v_GHSd, is_causal=True)
+        out_GHSd = F.scaled_dot_product_attention(
+            pad(q_NHd), k_GHSd, v_GHSd, dropout_p=dropout, is_causal=True
+        )
         out = out_GHSd.transpose(1, 2).reshape(num_runs * longest, num_heads, width)
         return out.index_select(0, place_N)
 
@@ -89,8 +102,15 @@ class FlashBackend(GroupedBackend):
     """Grouped products and variable-length flash attention: half precision on CUDA."""
 
     def causal_attention(
-        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+        self,
+        q_NHd: Tensor,
+        k_Nd: Tensor,
+        v_Nd: Tensor,
+        run_lengths_G: Tensor,
+        dropout: float = 0.0,
     ) -> Tensor:
+        if dropout > 0:  # the variable-length kernel has none
+            return super().causal_attention(q_NHd, k_Nd, v_Nd, run_lengths_G, dropout)
         from torch.nn.attention.varlen import varlen_attn
 
         starts = F.pad(run_lengths_G.cumsum(0), (1, 0)).to(torch.int32)
@@ -114,7 +134,7 @@ class ReferenceBackend:
     """Every row on its own, in products whose shapes depend on nothing but the rows before it.
 
     A matrix product's rounding depends on its number of rows; here no bit of a row's result can
-    depend on a later row or on another sequence. For tests: slow, plain, exact.
+    depend on a later row or on another sequence, without dropout. For tests: slow, plain, exact.
     """
 
     # Both begin with a block of no rows that hangs on every input: a rank without a row must
@@ -126,7 +146,12 @@ class ReferenceBackend:
         return torch.cat([x_NK[:0] @ w_EKM.sum(0), *rows])
 
     def causal_attention(
-        self, q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, run_lengths_G: Tensor
+        self,
+        q_NHd: Tensor,
+        k_Nd: Tensor,
+        v_Nd: Tensor,
+        run_lengths_G: Tensor,
+        dropout: float = 0.0,
     ) -> Tensor:
         rows = [q_NHd[:0] * (k_Nd[:0] + v_Nd[:0]).unsqueeze(1)]
         start = 0
@@ -135,6 +160,7 @@ class ReferenceBackend:
                 k_Kd, v_Kd = k_Nd[start : i + 1], v_Nd[start : i + 1]
                 scores_HK = torch.stack([(k_Kd * q_d).sum(-1) for q_d in q_NHd[i]])
                 weights_HK = (scores_HK * q_NHd.shape[-1] ** -0.5).softmax(-1)
+                weights_HK = F.dropout(weights_HK, dropout)
                 rows.append((weights_HK.unsqueeze(-1) * v_Kd).sum(1, keepdim=True).transpose(0, 1))
             start += length
         return torch.cat(rows)

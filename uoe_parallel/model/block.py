@@ -116,6 +116,8 @@ class RoutedBlock(DenseBlock):
             mask_SBE = self.tape(mask_SBE)
         routing = Routing(mask_SBE, self.router.gate(scores_SBE))
         y_SBD = self.add_bias(self._run(x_SBD, routing))
+        # Also the first of two passes when a layer is recomputed: losses and statistics are the
+        # second's, the only one that has a backward pass.
         if not torch.is_grad_enabled():
             return y_SBD
         return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))

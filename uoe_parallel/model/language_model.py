@@ -21,12 +21,14 @@ from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.dropout import Dropout
 from uoe_parallel.model.initialization import Initializer
 from uoe_parallel.model.norm import RMSNorm
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
 
 
@@ -52,6 +54,12 @@ class LayerBuilder:
             sequence_parallel=self.groups.layout.sequence_parallel,
         )
 
+    def dropout(self) -> Dropout:
+        return Dropout(
+            self.config.model.dropout,
+            sequence_parallel=self.groups.layout.sequence_parallel,
+        )
+
     def attention(self, layer: int) -> DenseBlock:
         model, name = self.config.model, f"layers.{layer}.attention"
         experts = SelectiveMultiHeadAttention(
@@ -65,6 +73,7 @@ class LayerBuilder:
             qkv_init=self.init.normal(f"{name}.qkv", model.init_std),
             output_init=self.init.normal(f"{name}.output", self._output_std()),
             group=self._expert_group(self.config.attention, layer),
+            dropout=model.attention_dropout,
         )
         return self._block(experts, model.kv_heads, layer, "attention")
 
@@ -122,7 +131,7 @@ class LayerBuilder:
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), both terms with dropout."""
 
     def __init__(self, builder: LayerBuilder, layer: int) -> None:
         super().__init__()
@@ -130,10 +139,17 @@ class TransformerBlock(nn.Module):
         self.attention = builder.attention(layer)
         self.feed_forward_norm = builder.norm()
         self.feed_forward = builder.feed_forward(layer)
+        self.dropout = builder.dropout()
+        self.recompute = builder.config.training.recompute_layers
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD))
-        return x_SBD + self.feed_forward(self.feed_forward_norm(x_SBD))
+        if self.recompute and torch.is_grad_enabled() and x_SBD.requires_grad:
+            return recompute(self._forward, x_SBD)
+        return self._forward(x_SBD)
+
+    def _forward(self, x_SBD: Tensor) -> Tensor:
+        x_SBD = x_SBD + self.dropout(self.attention(self.attention_norm(x_SBD)))
+        return x_SBD + self.dropout(self.feed_forward(self.feed_forward_norm(x_SBD)))
 
 
 class Embedding(nn.Module):
@@ -149,11 +165,13 @@ class Embedding(nn.Module):
             config=builder.megatron,
             tp_group=builder.groups.tensor,
         )
+        self.dropout = builder.dropout()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         self.tokens.reduce_scatter_embeddings = self.sequence_parallel
         hidden = self.tokens(tokens_BS)
-        return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        hidden = hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        return self.dropout(hidden)
 
 
 class Head(nn.Module):

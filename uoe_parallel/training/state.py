@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 from uoe_parallel.checkpoint import CheckpointReader, Piece
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.random import random_setters, random_states
 from uoe_parallel.parallel.sharding import Shard, is_owner, named_shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-RANDOM_KEY = "random/rank-{rank}/{device}"
 
 
 def base_optimizer(engine: Any) -> Optimizer:
@@ -96,8 +96,8 @@ def capture(engine: Any, model: nn.Module, groups: ParallelGroups, *, masters: b
             if writes:
                 local = full.detach().cpu().reshape(shard.shape).clone()
                 pieces.append(Piece(f"{name}/{kind}", local, shard.global_shape, shard.offsets))
-    for device, state in _random_states().items():
-        pieces.append(Piece.whole(RANDOM_KEY.format(rank=groups.rank, device=device), state))
+    for key, state in random_states(groups).items():
+        pieces.append(Piece.whole(key, state))
     return pieces
 
 
@@ -127,8 +127,7 @@ def restore(
     with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
         if failure is not None:
             raise failure
-    for device, setter in _random_setters().items():
-        key = RANDOM_KEY.format(rank=groups.rank, device=device)
+    for key, setter in random_setters(groups).items():
         # A layout with more ranks than the saved one keeps the state its seed gave it.
         if key in saved:
             setter(reader.read(key))
@@ -191,17 +190,3 @@ def _set_full(
         safe_set_full_fp32_param(param, value.float())
     else:
         safe_set_full_optimizer_state(param, value, moment)
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _random_setters() -> dict[str, Any]:
-    setters = {"cpu": torch.set_rng_state}
-    if torch.cuda.is_available():
-        setters["cuda"] = torch.cuda.set_rng_state
-    return setters

@@ -31,6 +31,7 @@ from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES
@@ -93,6 +94,7 @@ class Trainer:
         self.console = console
         self.run_dir = Path(config.run_dir)
         torch.manual_seed(config.seed)
+        seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         length = config.model.sequence_length
         evaluated: dict[Split, str | None] = {
@@ -272,7 +274,8 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a run keeps when it resumes, as JSON: its weights and the order of its data."""
-        config = self.config.model_dump(mode="json")
+        not_of_weights = {"model": {"dropout", "attention_dropout"}}
+        config = self.config.model_dump(mode="json", exclude=not_of_weights)
         model = {f"model.{name}": value for name, value in config["model"].items()}
         fields = model | {field: reduce(getitem, field.split("."), config) for field in FIXED}
         first = zlib.crc32(self.train_data[0].tobytes())
