@@ -49,6 +49,13 @@ NAMED: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel": {"tensor": 2, "expert": 4, "zero_stage": 1},
         },
     ),
+    "recomputed stages with wide experts": (
+        4,
+        {
+            "training": {"recompute_layers": True},
+            "parallel": {"pipeline": 2, "expert": 2, "zero_stage": 1},
+        },
+    ),
     "nothing routed": (
         4,
         {
@@ -69,7 +76,7 @@ FP64 = {"losses": 1e-12, "norms": 1e-11, "tensors": 1e-8, "eps": 1e-6}
 
 def check(ranks: Ranks, world_size: int, config: RunConfig, tolerance: dict[str, float]) -> None:
     """The config's steps are those of plain torch on one rank."""
-    alone = config.model_copy(update={"parallel": ParallelConfig(zero_stage=0)})
+    alone = with_parallel(config, ParallelConfig(zero_stage=0))
     plain = ranks(1).run(run_plainly, alone)[0]
     outcomes = ranks(world_size).run(run_engine, config)
     for outcome in outcomes:
@@ -79,23 +86,23 @@ def check(ranks: Ranks, world_size: int, config: RunConfig, tolerance: dict[str,
     assert worst < tolerance["tensors"], name
 
 
+def _with_training(sections: dict[str, Any], **training: Any) -> RunConfig:
+    training = {"micro_batch_size": 1, **sections.get("training", {}), **training}
+    return tiny_config(**{**sections, "training": training})
+
+
 @pytest.mark.parametrize("case", NAMED)
 def test_named_shapes(ranks: Ranks, case: str) -> None:
     world_size, sections = NAMED[case]
-    config = tiny_config(**{"training": {"micro_batch_size": 1}, **sections})
-    check(ranks, world_size, config, FP32)
+    check(ranks, world_size, _with_training(sections), FP32)
 
 
 @pytest.mark.parametrize("case", NAMED)
 def test_named_shapes_in_double_precision(ranks: Ranks, case: str) -> None:
     """Where nothing is lost to rounding, a small mistake has nowhere to hide."""
     world_size, sections = NAMED[case]
-    sections = {
-        **sections,
-        "training": {"micro_batch_size": 1, "precision": "fp64"},
-        "parallel": {**sections["parallel"], "zero_stage": 0},
-    }
-    check(ranks, world_size, tiny_config(**sections), FP64)
+    sections = {**sections, "parallel": {**sections["parallel"], "zero_stage": 0}}
+    check(ranks, world_size, _with_training(sections, precision="fp64"), FP64)
 
 
 def layers(count: int) -> st.SearchStrategy[str | list[int]]:
