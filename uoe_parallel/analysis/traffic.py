@@ -1,0 +1,243 @@
+"""What a rank sends in one optimizer step: every collective, by purpose, computed and not run.
+
+Counted is `Trainer.train_step` of a run that is under way: the check of token ids, forward and
+backward passes, pipeline, gradients, their norm, weights. Left out are what DeepSpeed says more in
+its first two steps (shapes to the next stage; under ZeRO 3, the order of modules); reports,
+validation, checkpoints and recorded routes; and groups of one rank, which send nothing. Numbers of
+calls and bytes are those that `observe.CollectiveObserver` sees in a real run, but for what
+`reduction` states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+
+from uoe_parallel.analysis.exchange import ExchangeSizes
+from uoe_parallel.analysis.reduction import gradient_traffic
+from uoe_parallel.analysis.transfer import Phase, Transfer, group_ranks, merged, times
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.training.engine import DTYPES
+
+Exchanges = Mapping[str, Sequence[ExchangeSizes]]
+"""By the name of each routed block that spreads its tokens: the sizes of its exchange in every
+micro-batch of the step."""
+
+_COUNT = 8  # bytes of an int64, and of an fp64
+_BALANCE = "balance counts"
+
+
+def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) -> list[Transfer]:
+    """What this rank sends in one step of training `model`, its stage: as it is before DeepSpeed
+    gets it, on meta too."""
+    number = micro_batches(config, model.groups.layout)
+    passes = _Passes(model, config)
+    transfers = chain(
+        _bookkeeping(),
+        times(chain(passes.fixed(), _between_stages(model, passes)), number),
+        _pipeline_loss(model, passes),
+        passes.exchanged(exchanges, number),
+        gradient_traffic(model, config, number),
+    )
+    ranks = group_ranks(model.groups)
+    return merged(t for t in transfers if len(ranks[t.group]) > 1)
+
+
+def micro_batches(config: RunConfig, layout: ParallelLayout) -> int:
+    """Micro-batches of a data-parallel rank in a step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * layout.data)
+
+
+def blocks_that_exchange(model: LanguageModel) -> dict[str, RoutedBlock]:
+    """The routed blocks of this stage whose rows travel, by name."""
+    blocks = model.routed_blocks().items()
+    return {
+        name: block
+        for name, block in blocks
+        if block.spreads_tokens and block.expert_group.size() > 1
+    }
+
+
+class _Passes:
+    """Forward and backward pass of one micro-batch through this stage."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig) -> None:
+        dtype = DTYPES[config.training.precision]
+        self.model = model
+        self.sharded = model.sequence_parallel
+        self.tensor_size = model.groups.tensor.size()
+        self.sequences = config.training.micro_batch_size
+        self.tokens = self.sequences * config.model.sequence_length
+        self.width = config.model.hidden_size
+        self.recomputes = config.training.recompute_layers
+        self.element = dtype.itemsize
+        """Bytes of an activation's element."""
+        self.precise = torch.promote_types(dtype, torch.float32).itemsize
+        """Of scores and gates."""
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the hidden states of all tokens."""
+        return self.tokens * self.width * self.element
+
+    @property
+    def shard(self) -> int:
+        """Bytes of the hidden states that lie on this rank between blocks."""
+        return self.whole // self.model.num_shards
+
+    def fixed(self) -> Iterator[Transfer]:
+        """All that does not depend on routes."""
+        model = self.model
+        if model.groups.is_first_stage:
+            yield from self._embedding()
+        for layer in model.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            for block in (layer.attention, layer.feed_forward):
+                yield from self._repeated(chain(self._norm(), self._block(block)))
+        if model.groups.is_last_stage:
+            yield from self._norm()
+            yield from self._column_parallel("head")
+            yield from self._loss()
+
+    def exchanged(self, exchanges: Exchanges, number: int) -> Iterator[Transfer]:
+        """What travels to experts and back, in all `number` micro-batches."""
+        for name, block in blocks_that_exchange(self.model).items():
+            assert len(exchanges[name]) == number, name
+            group, rank = _name_of_experts(block), block.expert_group.rank()
+            for sizes in exchanges[name]:
+                yield from self._repeated(self._exchange(sizes, group, rank))
+
+    def _repeated(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
+        """Of a layer, whose forward pass comes twice if it is recomputed."""
+        for transfer in transfers:
+            again = self.recomputes and transfer.phase == "forward"
+            # Only a pass with gradients has losses.
+            if not again or transfer.purpose != _BALANCE:
+                yield transfer
+            if again:
+                yield replace(transfer, phase="recompute")
+
+    def _exchange(self, sizes: ExchangeSizes, group: str, rank: int) -> Iterator[Transfer]:
+        row = self.width * self.element
+
+        def all_to_all(purpose: str, phase: Phase, counts: list[int], size: int) -> Transfer:
+            payload, kept = sum(counts) * size, counts[rank] * size
+            return Transfer(purpose, phase, group, "all_to_all", 1, payload, kept)
+
+        each = [2] * len(sizes.send_rows)
+        yield all_to_all("dispatch counts", "forward", each, _COUNT)
+        yield all_to_all("dispatch expert ids", "forward", sizes.send_pairs, _COUNT)
+        yield all_to_all("dispatch rows", "forward", sizes.send_rows, row)
+        yield all_to_all("dispatch rows", "backward", sizes.receive_rows, row)
+        yield all_to_all("dispatch gates", "forward", sizes.send_pairs, self.precise)
+        yield all_to_all("dispatch gates", "backward", sizes.receive_pairs, self.precise)
+        yield all_to_all("combine rows", "forward", sizes.receive_rows, row)
+        yield all_to_all("combine rows", "backward", sizes.send_rows, row)
+
+    def _norm(self) -> Iterator[Transfer]:
+        yield from self._replicated_weight(self.element * self.width)
+
+    def _embedding(self) -> Iterator[Transfer]:
+        if self.sharded:
+            yield self._scatter("embedding", "forward")
+            yield self._gather("embedding", "backward")
+        else:
+            yield self._reduce("embedding", "forward", self.whole)
+
+    def _block(self, block: DenseBlock) -> Iterator[Transfer]:
+        if isinstance(block, RoutedBlock):
+            yield from self._routing(block)
+        else:
+            yield from self._column_parallel("dense blocks")
+            if self.sharded:
+                yield self._scatter("dense blocks", "forward")
+                yield self._gather("dense blocks", "backward")
+            else:
+                yield self._reduce("dense blocks", "forward", self.whole)
+        bias = block.experts.output_bias
+        if bias is not None:
+            yield from self._replicated_weight(self.element * self.width)
+
+    def _column_parallel(self, purpose: str) -> Iterator[Transfer]:
+        """Megatron's linear, which gathers its input a second time for the weight's gradient."""
+        if self.sharded:
+            yield self._gather(purpose, "forward")
+            yield self._gather(purpose, "backward")
+            yield self._scatter(purpose, "backward")
+        else:
+            yield self._reduce(purpose, "backward", self.whole)
+
+    def _routing(self, block: RoutedBlock) -> Iterator[Transfer]:
+        """Of a routed block, but for its exchange."""
+        experts = block.router_weight.shape[0]
+        if self.sharded:
+            yield from self._replicated_weight(self.precise * experts * self.width)
+            counts = _COUNT * self.sequences * experts
+            yield self._reduce(_BALANCE, "forward", counts)
+        if not block.spreads_tokens:
+            gates = self.tokens * experts * self.precise
+            yield self._reduce("replicated rows", "forward", self.whole)
+            yield self._reduce("replicated rows", "backward", self.whole)
+            yield self._reduce("replicated gates", "backward", gates)
+
+    def _replicated_weight(self, size: int) -> Iterator[Transfer]:
+        """The gradient of a whole weight that meets a shard of the tokens."""
+        if self.sharded:
+            yield self._reduce("gradients of replicated weights", "backward", size)
+
+    def _loss(self) -> Iterator[Transfer]:
+        head = self.model.head
+        assert head is not None
+        if self.element == 8:  # see LanguageModel.losses
+            vocabulary = head.logits.output_size // self.tensor_size
+            payload = self.tokens * vocabulary * self.element
+            yield Transfer("loss", "forward", "tensor", "all_gather", 1, payload)
+        else:
+            for _ in ("largest logit", "logit of the label", "sum of exponentials"):
+                yield self._reduce("loss", "forward", self.tokens * self.precise)
+
+    def _gather(self, purpose: str, phase: Phase) -> Transfer:
+        return Transfer(purpose, phase, "tensor", "all_gather", 1, self.shard)
+
+    def _scatter(self, purpose: str, phase: Phase) -> Transfer:
+        return Transfer(purpose, phase, "tensor", "reduce_scatter", 1, self.whole)
+
+    def _reduce(self, purpose: str, phase: Phase, payload: int) -> Transfer:
+        return Transfer(purpose, phase, "tensor", "all_reduce", 1, payload)
+
+
+def _name_of_experts(block: RoutedBlock) -> str:
+    return "expert" if block.expert_group.size() > block.group.size() else "tensor"
+
+
+def _between_stages(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
+    groups = model.groups
+    if not groups.is_last_stage:
+        yield Transfer("stage outputs", "forward", "next_stage", "send", 1, passes.shard)
+    if not groups.is_first_stage:
+        yield Transfer("stage inputs", "backward", "previous_stage", "send", 1, passes.shard)
+
+
+def _pipeline_loss(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
+    """DeepSpeed's own mean of the loss, which the last stage tells the others."""
+    groups = model.groups
+    if groups.pipe.size() == 1:
+        return
+    if groups.is_last_stage:
+        yield Transfer("DeepSpeed's loss", "step", "data", "all_reduce", 1, passes.precise)
+    told = 2 * 4 if groups.is_last_stage else 0
+    yield Transfer("DeepSpeed's loss", "step", "pipe", "broadcast", 1, told)
+
+
+def _bookkeeping() -> Iterator[Transfer]:
+    yield Transfer("smallest and largest token", "step", "data", "all_reduce", 1, 2 * _COUNT)
+    yield Transfer("number of valid tokens", "step", "data", "all_reduce", 1, _COUNT)
+    yield Transfer("loss of the step", "step", "data", "all_reduce", 1, _COUNT)
+    yield Transfer("loss of the step", "step", "pipe", "all_reduce", 1, _COUNT)

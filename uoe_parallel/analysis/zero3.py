@@ -1,0 +1,160 @@
+"""Which weights ZeRO 3 gathers together, and how often, in a micro-batch's two passes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import nn
+
+from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.transfer import Phase
+from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.model.language_model import Head, TransformerBlock
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Parameters that share one all-gather."""
+
+    phase: Phase
+    params: list[nn.Parameter]
+
+
+def gatherings(rules: StateRules) -> Iterator[Gathering]:
+    """All of a micro-batch's forward and backward pass.
+
+    Follows DeepSpeed's coordinator once it knows the order of modules. At a module's start it
+    gathers what the module needs and misses, then, in order of use, what follows, up to the size
+    of the prefetch bucket. At a module's end it lets go of its weights, unless they are used again
+    within the reuse distance, or were here when it last looked ahead to a later use.
+    """
+    return _Coordinator(rules).run()
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One end of a module's forward or backward pass."""
+
+    phase: Phase
+    is_start: bool
+    module: nn.Module
+
+
+class _Coordinator:
+    def __init__(self, rules: StateRules) -> None:
+        model, self.zero = rules.model, rules.zero
+        self.kept_whole = set(rules.kept_whole())
+        self.number = {param: n for n, param in enumerate(model.parameters())}
+        self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
+        self.events = [*_forward(model), *_backward(model)]
+        starts = [event.module for event in self.events if event.is_start]
+        self.trace = [self._params(module) for module in starts]
+        self.step = 0
+        """Modules started so far."""
+        self.queue = deque((p, step) for step, params in enumerate(self.trace) for p in params)
+        """Uses that have not been looked at, each with its step."""
+        self.seen_use = dict.fromkeys(self.number, -1)
+        """Step of the last use of each parameter that was looked at."""
+        self.here = set(self.kept_whole)
+        self.gathered = 0
+        """Elements of weights that were gathered and are here."""
+        self.users: dict[nn.Parameter, set[nn.Module]] = {param: set() for param in self.number}
+
+    def run(self) -> Iterator[Gathering]:
+        for event in self.events:
+            if not event.is_start:
+                self._let_go(event.module)
+                continue
+            needed = self._params(event.module)
+            for param in needed:
+                self.users[param].add(event.module)
+            if missing := [param for param in needed if param not in self.here]:
+                yield self._gather(event.phase, missing)
+            if following := self._look_ahead(needed):
+                yield self._gather(event.phase, following)
+            self.step += 1
+
+    def _params(self, module: nn.Module) -> list[nn.Parameter]:
+        """What a module's own code reads, in the model's order."""
+        params = set(module.parameters(recurse=False))
+        others = []
+        if isinstance(module, DenseBlock):
+            others.append(module.experts.output_bias)
+        if isinstance(module, Head):
+            others.append(self.tied)
+        # DeepSpeed learns of parameters of other modules by finding them gone.
+        params.update(p for p in others if p is not None and p not in self.kept_whole)
+        return sorted(params, key=self.number.__getitem__)
+
+    def _gather(self, phase: Phase, params: list[nn.Parameter]) -> Gathering:
+        self.here.update(params)
+        self.gathered += sum(param.numel() for param in params)
+        return Gathering(phase, params)
+
+    def _look_ahead(self, needed: list[nn.Parameter]) -> list[nn.Parameter]:
+        """What to gather before its module starts."""
+        unseen = sum(self.seen_use[param] < self.step for param in needed)
+        for param, step in [self.queue.popleft() for _ in range(unseen)]:
+            self.seen_use[param] = step
+        limit = min(self.zero.max_live_parameters - self.gathered, self.zero.prefetch_bucket_size)
+        wanted: list[nn.Parameter] = []
+        size = 0
+        while self.queue and size < limit:
+            param, step = self.queue.popleft()
+            self.seen_use[param] = max(self.seen_use[param], step)
+            if param not in self.here and all(param is not other for other in wanted):
+                wanted.append(param)
+                size += param.numel()
+        return wanted
+
+    def _let_go(self, module: nn.Module) -> None:
+        used_soon: set[nn.Parameter] = set()
+        distance = 0
+        for params in self.trace[self.step :]:
+            if distance >= self.zero.max_reuse_distance:
+                break
+            used_soon.update(params)
+            distance += sum(param.numel() for param in params)
+        for param in self._params(module):
+            self.users[param].discard(module)
+            stays = param in used_soon or self.seen_use[param] > self.step
+            if param in self.here - self.kept_whole and not stays and not self.users[param]:
+                self.here.remove(param)
+                self.gathered -= param.numel()
+
+
+def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
+    """Modules are called in the order in which they were made, but for lists of them, which are
+    not called, and a layer's dropout, which is called after each block."""
+    if isinstance(module, nn.ModuleDict):
+        yield from chain.from_iterable(_forward(child, phase) for child in module.children())
+        return
+    yield _Event(phase, True, module)
+    for child in _called_by(module):
+        yield from _forward(child, phase)
+    yield _Event(phase, False, module)
+
+
+def _backward(module: nn.Module) -> Iterator[_Event]:
+    if isinstance(module, nn.ModuleDict):
+        yield from chain.from_iterable(map(_backward, reversed(list(module.children()))))
+        return
+    yield _Event("backward", True, module)
+    children = _called_by(module)
+    if isinstance(module, TransformerBlock) and module.recompute:
+        yield from chain.from_iterable(_forward(child, "recompute") for child in children)
+    yield from chain.from_iterable(map(_backward, reversed(children)))
+    yield _Event("backward", False, module)
+
+
+def _called_by(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, TransformerBlock):
+        dropout = module.dropout
+        return [
+            *(module.attention_norm, module.attention, dropout),
+            *(module.feed_forward_norm, module.feed_forward, dropout),
+        ]
+    return list(module.children())
