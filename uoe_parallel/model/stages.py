@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import accumulate
+from math import inf
 
 from uoe_parallel.config.schema import AttentionConfig, FeedForwardConfig, RunConfig
 
 
 def stage_layers(config: RunConfig, num_stages: int, vocab_size: int) -> list[range]:
-    """The transformer layers of each stage: runs, none empty, the dearest as cheap as can be.
+    """The transformer layers of each stage: runs, none empty, the dearest as cheap as can be, and
+    of the cuts that reach this the most even one.
 
     The head counts to the last layer; the embedding, which multiplies nothing, counts to none.
     """
     costs = [layer_cost(config, layer) for layer in range(config.model.num_layers)]
     costs[-1] += config.model.hidden_size * vocab_size
-    assert 1 <= num_stages <= len(costs)
+    num_layers = len(costs)
+    assert 1 <= num_stages <= num_layers
+    before = list(accumulate(costs, initial=0))
+
+    def ends_of(first: int, stages: int) -> range:
+        """Where the first of `stages` stages from layer `first` on may end."""
+        soonest = first + 1 if stages > 1 else num_layers
+        return range(soonest, num_layers - stages + 2)
+
+    def cost(first: int, end: int) -> int:
+        return before[end] - before[first]
 
     @cache
-    def best(first: int, stages: int) -> tuple[int, tuple[int, ...]]:
-        """The dearest stage's cost and the ends of the stages for the layers from `first` on."""
-        if stages == 1:
-            return sum(costs[first:]), (len(costs),)
-        options = []
-        for end in range(first + 1, len(costs) - stages + 2):
-            rest, ends = best(end, stages - 1)
-            options.append((max(sum(costs[first:end]), rest), (end, *ends)))
-        return min(options, key=lambda option: option[0])
+    def dearest(first: int, stages: int) -> int:
+        """The smallest possible cost of the dearest stage."""
+        if stages == 0:
+            return 0
+        ends = ends_of(first, stages)
+        return min(max(cost(first, end), dearest(end, stages - 1)) for end in ends)
 
-    _, ends = best(0, num_stages)
+    limit = dearest(0, num_stages)
+
+    @cache
+    def evenest(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        """The smallest sum of squared costs with no stage beyond the limit, and the ends."""
+        if stages == 0:
+            return 0, ()
+        options = []
+        for end in ends_of(first, stages):
+            rest, ends = evenest(end, stages - 1)
+            own = cost(first, end)
+            options.append((own**2 + rest if own <= limit else inf, (end, *ends)))
+        return min(options)
+
+    _, ends = evenest(0, num_stages)
     return [range(first, end) for first, end in zip((0, *ends), ends, strict=False)]
 
 
