@@ -35,8 +35,8 @@ def global_batch(config: RunConfig, step: int) -> MicroBatch:
     return MicroBatch(tokens, tokens.roll(-1, 1), torch.arange(tokens.shape[1]) < lengths)
 
 
-def run_engine(config: RunConfig) -> Outcome:
-    """STEPS optimizer steps under the config's layout."""
+def run_engine(config: RunConfig, steps: int = STEPS) -> Outcome:
+    """Optimizer steps under the config's layout."""
     from uoe_parallel.training.pipeline import build_engine
     from uoe_parallel.training.state import capture
 
@@ -45,19 +45,20 @@ def run_engine(config: RunConfig) -> Outcome:
     model = build_model(config, groups, dtype)
     engine = build_engine(model, config, groups, torch.device("cpu"))
     timer = StepTimer(lambda: None)
-    results = []
-    for step in range(STEPS):
+    outcome = Outcome([], [], [])
+    for step in range(steps):
         whole = global_batch(config, step)
         micro = config.training.micro_batch_size
         shares = zip(
             *(t.split(micro) for t in (whole.tokens, whole.labels, whole.loss_mask)), strict=True
         )
         mine = list(starmap(MicroBatch, shares))[groups.data_rank :: groups.layout.data]
-        results.append(engine.step(mine, step, timer))
+        loss, norm, _ = engine.step(mine, step, timer)
+        outcome.losses.append(loss)
+        outcome.gradient_norms.append(norm)
     masters = config.training.precision == "bf16"
-    pieces = capture(engine.deepspeed, model, groups, masters=masters)
-    losses, norms, _ = zip(*results, strict=True)
-    return Outcome(list(losses), list(norms), pieces)
+    outcome.pieces.extend(capture(engine.deepspeed, model, groups, masters=masters))
+    return outcome
 
 
 def evaluate(config: RunConfig) -> tuple[float, Tensor]:

@@ -95,6 +95,19 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(
     assert any((t != t.bfloat16()).any() for t in masters.values()), "masters must be fp32"
 
 
+@pytest.mark.parametrize(("world", "parallel"), BF16)
+def test_bf16_masters_begin_as_the_weights(
+    ranks: Ranks, world: int, parallel: dict[str, int]
+) -> None:
+    config = tiny_config(parallel=parallel, training={"precision": "bf16", "micro_batch_size": 1})
+    full = assemble(ranks(world).run(run_engine, config, steps=0))
+    names = {key.removesuffix("/master") for key in full if key.endswith("/master")}
+    assert len(names) * 4 == len(full)
+    for name in names:
+        assert torch.equal(full[f"{name}/master"], full[f"{name}/weight"]), name
+        assert not full[f"{name}/exp_avg"].any()
+
+
 # Without these, DeepSpeed keeps parameters as small as the tests' whole on every rank.
 REALLY_RELEASED = {
     "zero_optimization": {

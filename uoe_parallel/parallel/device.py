@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def _answer_for_cuda() -> None:
 def _skip_shared_memory_op() -> None:
     # DeepSpeed would compile a C++ all-reduce for inference at its first start on a CPU: minutes
     # and a compiler for something that training never calls, and a lock left by a killed build
-    # hangs every later run.
+    # hangs every later run. Asking it for its list would run the compiler too, in every rank.
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ops: dict[str, Any] = deepspeed.ops.__dict__
+    ops.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False

@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         kind = "router" if name.endswith(ROUTER_SUFFIX) else kind
         members[kind, getattr(param, "group_name", None)].append(param)
     groups = []
-    for (kind, wide), params in sorted(members.items(), key=str):
+    for (kind, wide), params in sorted(members.items(), key=lambda item: str(item[0])):
         decay = config.weight_decay if kind == "decay" else 0.0
         rate = config.learning_rate
         if kind == "router":

@@ -46,8 +46,11 @@ def create_moments(engine: Any) -> None:
 
     DeepSpeed links parameters to their moments after the first step of its first parameter
     group, when the other groups have none yet, and never again: without this only the first
-    group's moments could be saved.
+    group's moments could be saved. In bf16 without ZeRO it makes them by a step on gradients of
+    zero, which weight decay makes smaller weights of: masters are set back.
     """
+    for param, master in _plain_masters(engine).items():
+        master.data.copy_(param.data)
     optimizer = base_optimizer(engine)
     for group, param in _stepped_tensors(engine):
         on_device = group.get("fused") or group.get("capturable")

@@ -116,7 +116,7 @@ class Trainer:
             vocab_size=padded_vocab_size(self.tokenizer.size, config.model.vocab_multiple),
             used_vocab_size=self.tokenizer.size,
             backend=backend,
-            # Masters begin as drawn: DeepSpeed rounds the model to bf16 itself.
+            # DeepSpeed rounds the model to bf16 itself, and makes masters of what is left.
             dtype=torch.promote_types(precision, torch.float32),
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
