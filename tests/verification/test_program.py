@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from tests.harness import Ranks
 from tests.programs import CHECKOUT, write_run
 from uoe_parallel.verification.program import main
 from uoe_parallel.verification.ranks import Failure, LocalRanks
@@ -366,3 +370,22 @@ def test_every_layout_of_up_to_eight_ranks_passes(tool: Any, tmp_path: Path) -> 
     assert {"dp8-ep8-zero2", "pp8-zero1", "tp8-sp-zero3", "tp2-sp-pp2-dp2-ep4-zero1"} <= set(
         verified.rows
     )
+
+
+def _simulated(config: Path, results: Path) -> tuple[int, str]:
+    dist.destroy_process_group()  # the harness's: a simulation starts one of its own
+    out = io.StringIO()
+    arguments = ["--config", config, "--simulate-world", 1024, "--simulate-rank", 3]
+    with redirect_stdout(out):
+        code = main([*map(str, arguments), "parallel.tensor=2", "--json", str(results)])
+    return code, out.getvalue()
+
+
+def test_a_rank_of_a_large_world_is_shown(ranks: Ranks, tmp_path: Path) -> None:
+    config = write_run(tmp_path, training={"global_batch_size": 512, "micro_batch_size": 1})
+    results = tmp_path / "simulated.json"
+    [(code, out)] = ranks(1).run(_simulated, config, results)
+    assert code == 0
+    assert "Rank 3 of 1024, tp2-sp-dp512-zero1" in out
+    content = json.loads(results.read_text())
+    assert content["groups"]["tensor"] == [2, 3]
