@@ -350,6 +350,8 @@ def test_the_script_runs_from_a_shell(config: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended
+    # No library had anything to say before.
+    assert ended.stdout.startswith(f"{config}: 2 layouts of up to 2 ranks against one-zero0")
     assert "all 2 layouts pass" in ended.stdout
     assert ended.stderr.splitlines() == [
         "starting",

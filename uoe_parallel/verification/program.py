@@ -10,11 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-from uoe_parallel.analysis.report import print_simulation, simulation_as_json
-from uoe_parallel.analysis.simulate import simulate_world
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import Precision
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.device import use_device
 from uoe_parallel.verification.compare import (
     DEFAULTS,
     EPS,
@@ -207,6 +206,12 @@ def _do(options: argparse.Namespace) -> bool:
 
 def _simulate(options: argparse.Namespace) -> bool:
     config = load_config(options.config, options.overrides)
+    # DeepSpeed picks its accelerator when it is imported: after the device is chosen. And all else
+    # that this program does leaves the large libraries to the ranks.
+    use_device(0)
+    from uoe_parallel.analysis.report import print_simulation, simulation_as_json
+    from uoe_parallel.analysis.simulate import simulate_world
+
     simulation = simulate_world(config, options.simulate_world, options.simulate_rank)
     print_simulation(simulation)
     write_json(options.json, simulation_as_json(simulation))

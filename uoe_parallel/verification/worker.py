@@ -8,7 +8,6 @@ from uoe_parallel.checkpoint import save_checkpoint
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.parallel.groups import distributed, start_groups, world_size_from_environment
 from uoe_parallel.parallel.layout import ParallelLayout
-from uoe_parallel.verification.faults import plant
 from uoe_parallel.verification.record import INITIAL
 from uoe_parallel.verification.request import FaultRequest, PlantedFault
 
@@ -25,6 +24,7 @@ def train(config: RunConfig, fault: FaultRequest | None, timeout: float) -> Plan
         from uoe_parallel.training.console import TrainingConsole
         from uoe_parallel.training.state import capture
         from uoe_parallel.training.trainer import Trainer
+        from uoe_parallel.verification.faults import plant
 
         groups = start_groups(layout)
         trainer = Trainer(config, groups, device, TrainingConsole(quiet=True))
