@@ -21,18 +21,49 @@ class Section(BaseModel):
 
 
 class RoutingConfig(Section):
-    """How one kind of block (feed-forward or attention) routes tokens to its experts."""
+    """How one kind of block (feed-forward or attention) routes tokens to its experts.
+
+    Selection, gates and balance rules go by names of `rules.py`, or are classes of other packages,
+    such as "my_package.my_module:MyRule".
+    """
 
     routed_layers: RoutedLayers = "all"
     """Layers (counted from 0) whose block is routed; the others compute the dense block."""
     top_k: PositiveInt = 2
-    """Experts that each token visits."""
-    selection: Literal["top_k"] = "top_k"
-    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Experts that a patch visits beside the shared ones: exactly so many with top_k, on average
+    with threshold and expert_choice."""
+    selection: str = "top_k"
+    """Which experts take which patches: top_k, threshold, expert_choice (bidirectional models), or
+    all, which leaves the choice to the segments' expert selection."""
+    patch_length: PositiveInt = 1
+    """Neighbouring tokens of a document that are routed as one."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """Most patches of a document that an expert takes, over its even share of a whole context,
+    top_k / experts: what comes later is dropped. null drops nothing."""
+    segment_length: PositiveInt | None = None
+    """Tokens of a segment, a multiple of patch_length. Each keeps segment_experts of the experts,
+    before patches choose among these: in a causal model by the mean of the segment before it."""
+    segment_experts: PositiveInt | None = None
+    """Experts that a segment keeps, shared ones not counted; null switches this selection off."""
+    shared_experts: NonNegativeInt = 0
+    """Experts that every token visits with a gate of one, spread evenly over the block's."""
+    gate: str = "sigmoid"
+    """What a chosen expert's result is multiplied by: sigmoid, softmax, softmax_of_chosen, relu."""
+    balance: list[str] | None = None
+    """Rules that keep experts evenly used: sequence_loss, batch_loss, bias. null means
+    [sequence_loss] where patches choose (top_k, all), and none where the selection balances."""
     balance_loss: NonNegativeFloat = 0.01
-    """Weight of the auxiliary load-balance loss (per sequence), summed over routed layers."""
+    """Weight of the load-balance losses, summed over routed layers."""
     z_loss: NonNegativeFloat = 0.001
     """Weight of the router z-loss (mean squared log-sum-exp of the scores), summed likewise."""
+    bias_rate: float = Field(default=0.01, gt=0)
+    """What the bias rule adds to or takes from an expert's bias in a step, in units of scores."""
+    threshold_warmup: NonNegativeInt = 20
+    """Steps in which the threshold rule selects every expert, while it learns the quantiles."""
+    threshold_rate: float = Field(default=0.1, gt=0, le=1)
+    """Weight of a step's quantiles in the running ones that the threshold rule compares with."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of rules from other packages."""
     spread: Literal["tensor", "expert"] = "tensor"
     """The ranks that share the experts of a routed block: those of a tensor group, or those of an
     expert group (parallel.expert), which may reach over data-parallel ranks."""
@@ -55,6 +86,9 @@ class AttentionConfig(RoutingConfig):
     """The attention block: its experts are the key/value heads with their query heads."""
 
     routed_layers: RoutedLayers = "none"
+    keys_and_values: Literal["selected", "all"] = "selected"
+    """Whether a head attends among the tokens that it selected, or routes queries only and has the
+    keys and values of all tokens."""
 
 
 class ModelConfig(Section):
@@ -68,6 +102,11 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); null means num_heads."""
     sequence_length: PositiveInt
+    task: Literal["next_token", "masked_token", "classification"] = "next_token"
+    """What the model learns: a causal model to predict each next token, a bidirectional one to
+    predict masked tokens or the class of a document."""
+    num_classes: PositiveInt | None = None
+    """Classes of the classification task, and only there."""
     activation: Literal["gelu", "swiglu"] = "swiglu"
     bias: bool = False
     """Biases in the linear layers of both blocks."""
@@ -87,6 +126,10 @@ class ModelConfig(Section):
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def causal(self) -> bool:
+        return self.task == "next_token"
 
 
 class ParallelConfig(Section):

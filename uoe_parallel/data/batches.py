@@ -43,10 +43,14 @@ class MicroBatch:
     """The token that follows each input: int64 [b, s]."""
     loss_mask: torch.Tensor
     """Whether the label counts in the loss: bool [b, s]."""
+    documents: torch.Tensor | None = None
+    """int64 [b, s]: one id for all tokens of a document, another one for the next, -1 for padding;
+    None if every sequence is one document."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
-        return MicroBatch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+        moved = (None if t is None else t.to(device) for t in vars(self).values())
+        return MicroBatch(*moved)  # pyright: ignore[reportArgumentType]
 
 
 def step_batches(

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.dispatch.plan import plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
 from uoe_parallel.routing.router import Routing
 
@@ -17,16 +18,21 @@ Experts = Callable[[Tensor, Tensor, Assignment], Tensor]
 
 
 def run_sharded(
-    x_SBD: Tensor, routing: Routing, experts: Experts, group: ProcessGroup, num_shards: int
+    x_SBD: Tensor,
+    routing: Routing,
+    experts: Experts,
+    group: ProcessGroup,
+    num_shards: int,
+    documents: Documents,
 ) -> Tensor:
     """Tokens spread over the ranks: rows travel to the experts and sums travel back.
 
-    x_SBD: this rank's tokens, one of `num_shards` shards of its sequences. Each row crosses to a
-    rank at most once, however many of its experts live there; those add their results up before
+    x_SBD: this rank's tokens, one of `num_shards` shards of its sequences. `documents`: of all
+    sequences of the group, run of `num_shards` ranks after run. Each row crosses to a rank at most once, however many of its experts live there; those add their results up before
     the one row returns. Collective over the group, forward and backward, also for ranks without a
     token.
     """
-    plan = plan_exchange(routing.mask_SBE, group, num_shards)
+    plan = plan_exchange(routing.mask_SBE, group, num_shards, documents)
     x_TD = x_SBD.flatten(0, 1)
     gates_TE = routing.gates_SBE.flatten(0, 1)
     rows_RD = comm.all_to_all(
@@ -41,14 +47,20 @@ def run_sharded(
 
 
 def run_replicated(
-    x_SBD: Tensor, routing: Routing, experts: Experts, group: ProcessGroup
+    x_SBD: Tensor,
+    routing: Routing,
+    experts: Experts,
+    group: ProcessGroup,
+    documents: Documents,
 ) -> Tensor:
     """Tokens on every rank: each computes its own experts, the sums are all-reduced.
 
     x_SBD and the routing are the same on all ranks of the group. What enters a rank's experts
     has its gradient summed over the group. The form of one rank alone and of decoding.
     """
-    assignment, token_N, expert_N = plan_local(routing.mask_SBE, group.rank(), group.size())
+    assignment, token_N, expert_N = plan_local(
+        routing.mask_SBE, group.rank(), group.size(), documents
+    )
     x_TD = comm.sum_gradient(x_SBD, group).flatten(0, 1)
     gates_TE = comm.sum_gradient(routing.gates_SBE, group).flatten(0, 1)
     sums_TD = experts(x_TD, gates_TE[token_N, expert_N], assignment)

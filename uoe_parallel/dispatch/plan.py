@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
 
 
@@ -33,14 +34,16 @@ class RoutePlan:
 
 
 @torch.no_grad()
-def plan_exchange(mask_SBE: Tensor, group: ProcessGroup, num_shards: int) -> RoutePlan:
+def plan_exchange(
+    mask_SBE: Tensor, group: ProcessGroup, num_shards: int, documents: Documents
+) -> RoutePlan:
     """Plan an all-to-all over `group` for tokens that are spread over it.
 
     mask_SBE: bool. Every run of `num_shards` ranks of the group shares B sequences, each rank a
     shard of S positions: rank p holds positions [q S, (q + 1) S), q = p % num_shards, of the
     sequences of run p // num_shards, and experts [p E/P, (p + 1) E/P). A token's row goes once to
-    every rank that holds one of its experts. Collective over the group: one exchange of counts,
-    one of expert ids.
+    every rank that holds one of its experts. `documents`: of the sequences of all runs, in their
+    order. Collective over the group: one exchange of counts, one of expert ids.
     """
     length, batch, num_experts = mask_SBE.shape
     num_ranks, num_local = group.size(), num_experts // group.size()
@@ -61,17 +64,18 @@ def plan_exchange(mask_SBE: Tensor, group: ProcessGroup, num_shards: int) -> Rou
     source = torch.repeat_interleave(received_P2[:, 1], output_size=ids.shape[0])
     # As they come, tokens of a sequence are ordered by position: its shards follow each other.
     token_N = source * num_tokens + ids // num_local
-    local_position, local_sequence = ids // num_local // batch, ids // num_local % batch
+    position_N = source % num_shards * length + ids // num_local // batch
+    sequence_N = source // num_shards * batch + ids // num_local % batch
     is_new_row = torch.ones_like(token_N, dtype=torch.bool)
     is_new_row[1:] = token_N[1:] != token_N[:-1]
     assignment, order = sort_pairs(
         row_N=is_new_row.cumsum(0) - 1,
         expert_N=ids % num_local,
-        sequence_N=source // num_shards * batch + local_sequence,
-        position_N=source % num_shards * length + local_position,
+        document_N=documents.number_SB[position_N, sequence_N],
+        position_N=documents.position_SB[position_N, sequence_N],
         num_rows=sum(receive_rows),
         num_experts=num_local,
-        num_sequences=num_ranks // num_shards * batch,
+        num_documents=documents.count,
     )
     return RoutePlan(
         assignment=assignment,
@@ -88,7 +92,9 @@ def plan_exchange(mask_SBE: Tensor, group: ProcessGroup, num_shards: int) -> Rou
 
 
 @torch.no_grad()
-def plan_local(mask_SBE: Tensor, rank: int, num_ranks: int) -> tuple[Assignment, Tensor, Tensor]:
+def plan_local(
+    mask_SBE: Tensor, rank: int, num_ranks: int, documents: Documents
+) -> tuple[Assignment, Tensor, Tensor]:
     """The pairs of this rank's experts when every rank holds every token.
 
     mask_SBE: bool, the same on every rank. Rows are the tokens themselves, so nothing moves.
@@ -102,10 +108,10 @@ def plan_local(mask_SBE: Tensor, rank: int, num_ranks: int) -> tuple[Assignment,
     assignment, order = sort_pairs(
         row_N=token_N,
         expert_N=expert_N,
-        sequence_N=token_N % batch,
-        position_N=token_N // batch,
+        document_N=documents.number_SB[token_N // batch, token_N % batch],
+        position_N=documents.position_SB[token_N // batch, token_N % batch],
         num_rows=length * batch,
         num_experts=num_local,
-        num_sequences=batch,
+        num_documents=documents.count,
     )
     return assignment, token_N[order], expert_N[order] + first

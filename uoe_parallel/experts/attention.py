@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.rotary import rotate
 from uoe_parallel.experts.slices import (
     InitMethod,
@@ -98,7 +99,12 @@ class SelectiveMultiHeadAttention(nn.Module):
         return self.output.bias
 
     def forward(
-        self, x: Tensor, gates_N: Tensor | None = None, assignment: Assignment | None = None
+        self,
+        x: Tensor,
+        gates_N: Tensor | None = None,
+        assignment: Assignment | None = None,
+        *,
+        documents: Documents,
     ) -> Tensor:
         """Dense attention without its output bias, or the routed sum of this rank's experts.
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.slices import (
     InitMethod,
     SlicedColumnParallelLinear,
@@ -91,12 +92,18 @@ class UnionOfMLPExperts(nn.Module):
         return self.fc2.bias
 
     def forward(
-        self, x: Tensor, gates_N: Tensor | None = None, assignment: Assignment | None = None
+        self,
+        x: Tensor,
+        gates_N: Tensor | None = None,
+        assignment: Assignment | None = None,
+        *,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The dense block without its output bias, or the routed sum of this rank's experts.
 
         Dense: x [S or S/P, B, D] to the same shape. Routed: x [R, D] with fp32 `gates_N` to
-        [R, D], each row the gated sum of its pairs' results.
+        [R, D], each row the gated sum of its pairs' results. What else is in a token's document
+        makes no difference.
         """
         if assignment is None or gates_N is None:
             return self.fc2(self._activate(self.fc1(x)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributed import ProcessGroup
 from uoe_parallel.config.schema import RoutingConfig
 from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.documents import Documents
+from uoe_parallel.model.context import Context
 from uoe_parallel.parallel import comm
 from uoe_parallel.routing.balance import load_balance_loss, z_loss
 from uoe_parallel.routing.router import Router, Routing
@@ -29,7 +32,12 @@ class Union(Protocol):
     def output_bias(self) -> Tensor | None: ...
 
     def __call__(
-        self, x: Tensor, gates_N: Tensor | None = None, assignment: Assignment | None = None
+        self,
+        x: Tensor,
+        gates_N: Tensor | None = None,
+        assignment: Assignment | None = None,
+        *,
+        documents: Documents,
     ) -> Tensor: ...
 
 
@@ -60,9 +68,9 @@ class DenseBlock(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         """[S or S/P, B, D] to the same shape."""
-        return self.add_bias(self.experts(x_SBD))
+        return self.add_bias(self.experts(x_SBD, documents=context.documents))
 
     def add_bias(self, y_SBD: Tensor) -> Tensor:
         """Add the union's one output bias: once, whatever the routing."""
@@ -108,25 +116,27 @@ class RoutedBlock(DenseBlock):
         self.statistics = RoutingStatistics.zeros(num_experts)
         self.tape: RouteTape | None = None
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
         scores_SBE = self._scores(x_SBD)
         mask_SBE = self._select(scores_SBE)
         if self.training and self.tape is not None:
             mask_SBE = self.tape(mask_SBE)
         routing = Routing(mask_SBE, self.router.gate(scores_SBE))
-        y_SBD = self.add_bias(self._run(x_SBD, routing))
+        y_SBD = self.add_bias(self._run(x_SBD, routing, context))
         # Also the first of two passes when a layer is recomputed: losses and statistics are the
         # second's, the only one that has a backward pass.
         if not torch.is_grad_enabled():
             return y_SBD
         return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))
 
-    def _run(self, x_SBD: Tensor, routing: Routing) -> Tensor:
+    def _run(self, x_SBD: Tensor, routing: Routing, context: Context) -> Tensor:
+        is_wide = self.expert_group.size() > self.group.size()
+        documents = context.expert_group if is_wide else context.documents
+        experts, group = partial(self.experts, documents=documents), self.expert_group
         if not self.spreads_tokens:
-            return run_replicated(x_SBD, routing, self.experts, self.expert_group)
-        num_shards = self.group.size()
-        return run_sharded(x_SBD, routing, self.experts, self.expert_group, num_shards)
+            return run_replicated(x_SBD, routing, experts, group, documents)
+        return run_sharded(x_SBD, routing, experts, group, self.group.size(), documents)
 
     def _scores(self, x_SBD: Tensor) -> Tensor:
         precise = torch.promote_types(x_SBD.dtype, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.model.dropout import Dropout
 from uoe_parallel.model.initialization import Initializer
 from uoe_parallel.model.norm import RMSNorm
@@ -142,14 +144,16 @@ class TransformerBlock(nn.Module):
         self.dropout = builder.dropout()
         self.recompute = builder.config.training.recompute_layers
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and x_SBD.requires_grad:
-            return recompute(self._forward, x_SBD)
-        return self._forward(x_SBD)
+            return recompute(partial(self._forward, context=context), x_SBD)
+        return self._forward(x_SBD, context)
 
-    def _forward(self, x_SBD: Tensor) -> Tensor:
-        x_SBD = x_SBD + self.dropout(self.attention(self.attention_norm(x_SBD)))
-        return x_SBD + self.dropout(self.feed_forward(self.feed_forward_norm(x_SBD)))
+    def _forward(self, x_SBD: Tensor, context: Context) -> Tensor:
+        attended = self.attention(self.attention_norm(x_SBD), context)
+        x_SBD = x_SBD + self.dropout(attended)
+        fed = self.feed_forward(self.feed_forward_norm(x_SBD), context)
+        return x_SBD + self.dropout(fed)
 
 
 class Embedding(nn.Module):
@@ -239,29 +243,33 @@ class LanguageModel(nn.Module):
         """Ranks that a sequence's tokens lie over between blocks."""
         return self.groups.tensor.size() if self.sequence_parallel else 1
 
-    def stage(self, x: Tensor) -> Tensor:
+    def stage(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """This stage's part: of ids [B, S] on the first, of hidden states elsewhere, to logits
         [S, B, V/P] on the last and hidden states [S or S/P, B, D] elsewhere."""
-        return self.logits(self.hidden(x)) if self.groups.is_last_stage else self.hidden(x)
+        hidden = self.hidden(x, documents_BS)
+        return self.logits(hidden) if self.groups.is_last_stage else hidden
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Hidden states after this stage's layers, [S or S/P, B, D]."""
+    def hidden(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """Hidden states after this stage's layers, [S or S/P, B, D].
+
+        documents_BS: int64 [B, S], one id for all tokens of a document, another one for the next,
+        -1 for padding; None if every sequence is one document.
+        """
         if self.groups.is_first_stage:
             assert self.embedding is not None
+            shape = (x.shape[0], x.shape[1])
             x = self.embedding(x)
+        else:
+            shape = (x.shape[1], x.shape[0] * self.num_shards)
+        context = micro_batch_context(shape, documents_BS, self.groups, x.device)
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x, context)
         return x
 
     def logits(self, x_SBD: Tensor) -> Tensor:
         """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P]."""
         assert self.final_norm is not None and self.head is not None
         return self.head(self.final_norm(x_SBD), self.embedding if self.tied else None)
-
-    def tied_logits(self, embedding: Embedding, normed_SBD: Tensor) -> Tensor:
-        """The head alone, in the form in which DeepSpeed's pipeline calls a tied layer."""
-        assert self.head is not None
-        return self.head(normed_SBD, embedding)
 
     def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), from this rank's
@@ -272,15 +280,20 @@ class LanguageModel(nn.Module):
             return F.cross_entropy(whole_SBV.permute(1, 2, 0), labels_BS, reduction="none")
         return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
         """Cross entropy of every token [B, S], or with no labels the logits of the used vocabulary,
         [B, S, V]. The same on every rank of the tensor group. For a model of one stage.
 
         tokens_BS, labels_BS: int64 ids below the vocabulary size. With sequence parallelism S
-        must be a multiple of the tensor size.
+        must be a multiple of the tensor size. documents_BS: as in `hidden`.
         """
         assert self.groups.pipe.size() == 1
-        logits_SBV = self.stage(tokens_BS)
+        logits_SBV = self.stage(tokens_BS, documents_BS)
         return self.whole(logits_SBV) if labels_BS is None else self.losses(logits_SBV, labels_BS)
 
     def whole(self, logits_SBV: Tensor) -> Tensor:

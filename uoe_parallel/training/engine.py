@@ -91,7 +91,7 @@ class TrainingEngine:
 
     def token_losses(self, batch: MicroBatch) -> Tensor | None:
         """Cross entropy of every token, nats [b, s]; None where a later stage computes it."""
-        return self.deepspeed(batch.tokens, batch.labels)
+        return self.deepspeed(batch.tokens, batch.labels, batch.documents)
 
     def count_valid_tokens(self, batches: list[MicroBatch]) -> int:
         """Tokens that count in this step's loss, over all data ranks."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from typing import Any
 
 import deepspeed
 import torch
@@ -49,13 +48,14 @@ class PipelineTrainingEngine(TrainingEngine):
         self._scale = scale * len(batches)
         self._total = torch.zeros((), device=self.device, dtype=torch.float64)
         with timer.part("pipeline"):
+            self.deepspeed.module.documents = iter([batch.documents for batch in batches])
             self.deepspeed.train_batch(
                 iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
             )
         return self._mean_loss(self._total, valid_tokens), True
 
     def token_losses(self, batch: MicroBatch) -> Tensor | None:
-        logits_SBV = self._relay(batch.tokens)
+        logits_SBV = self._relay(batch.tokens, batch.documents)
         return None if logits_SBV is None else self.model.losses(logits_SBV, batch.labels)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class PipelineTrainingEngine(TrainingEngine):
             whole_BSV = torch.empty(shape, dtype=self._dtype, device=self.device)
         return comm.broadcast(whole_BSV, self.groups.pipe.size() - 1, self.groups.pipe)
 
-    def _relay(self, tokens_BS: Tensor) -> Tensor | None:
+    def _relay(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor | None:
         """One forward pass over the stages, without gradients: the last one's logits [S, B, V/P],
         None elsewhere. Passes that follow each other overlap."""
         groups, stage = self.groups, self.groups.stage
@@ -77,7 +77,7 @@ class PipelineTrainingEngine(TrainingEngine):
             shape = (length // self.model.num_shards, batch, self.config.model.hidden_size)
             x = torch.empty(shape, dtype=self._dtype, device=self.device)
             comm.receive(x, stage - 1, groups.pipe)
-        y = self.model.stage(x)
+        y = self.model.stage(x, documents_BS)
         if groups.is_last_stage:
             return y
         comm.send(y, stage + 1, groups.pipe)
@@ -105,8 +105,16 @@ class LanguageModelPipeline(PipelineModule):
         ends = [layers.stop for layers in model.stage_layers]
         # The list is the embedding, the transformer's layers, the final norm and the head.
         self._bounds = [0, *(1 + end for end in ends[:-1]), ends[-1] + 3]
+        self.documents: Iterator[Tensor | None] = iter(())
+        """Of the micro-batches whose forward passes are still to come, in their order."""
         with redirect_stdout(io.StringIO()):  # it tells rank 0's user about seeds and layers
             super().__init__(_listed(model), topology=topology(model.groups.layout), loss_fn=loss)
+        self._stage = model.stage
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        # As DeepSpeed would call one layer after the other, but with what tokens alone can tell:
+        # every rank has read them, so it need not be sent from stage to stage.
+        return self._stage(forward_input, next(self.documents))
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed can weigh layers by their parameters only, of which a routed layer uses a part.
@@ -120,7 +128,7 @@ def _listed(model: LanguageModel) -> list[nn.Module | LayerSpec]:
     present = dict(model.layers.items())
     layers = [present.get(number, absent) for number in numbers]
     if model.tied:
-        first, last = _TiedEmbedding(model), _TiedEmbedding(model, forward_fn=model.tied_logits)
+        first, last = _TiedEmbedding(model), _TiedEmbedding(model)
     else:
         first, last = model.embedding or absent, model.head or absent
     return [first, *layers, model.final_norm or absent, last]
@@ -129,8 +137,8 @@ def _listed(model: LanguageModel) -> list[nn.Module | LayerSpec]:
 class _TiedEmbedding(TiedLayerSpec):
     """An embedding that was built already, on the first stage and on the last."""
 
-    def __init__(self, model: LanguageModel, **arguments: Any) -> None:
-        super().__init__("embedding", Embedding, tied_weight_attr="tokens.weight", **arguments)
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__("embedding", Embedding, tied_weight_attr="tokens.weight")
         self._embedding = model.embedding
 
     def build(self, log: bool = False) -> Embedding:

@@ -1,0 +1,75 @@
+"""Which tokens of a micro-batch belong together.
+
+Attention, rotary positions, patches, segments and capacities know one document at a time: what is
+packed beside it in the same row does not exist for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of some sequences, of equal length S. S counts whole sequences here, whatever
+    part of them a rank holds."""
+
+    number_SB: Tensor
+    """int64: the number of each token's document, counted over all sequences, the first sequence's
+    first. It grows along a sequence. Runs of padding are numbered too."""
+    position_SB: Tensor
+    """int64: the token's place in its document, from 0."""
+    count: int
+    """Documents in all sequences."""
+    real_SB: Tensor | None = None
+    """bool, False for padding; None if there is none."""
+    one_each: bool = False
+    """Whether every sequence is one document without padding."""
+
+    @classmethod
+    def whole(cls, length: int, sequences: int, device: torch.device) -> Documents:
+        """Every sequence is one document."""
+        shape = (length, sequences)
+        return cls(
+            number_SB=torch.arange(sequences, device=device).expand(shape),
+            position_SB=torch.arange(length, device=device).unsqueeze(1).expand(shape),
+            count=sequences,
+            one_each=True,
+        )
+
+    @classmethod
+    def from_ids(cls, ids_BS: Tensor) -> Documents:
+        """From int64 [B, S] with one id for all tokens of a document, another one for the next,
+        and -1 for padding."""
+        ids_SB = ids_BS.transpose(0, 1)
+        starts_SB = torch.ones_like(ids_SB, dtype=torch.bool)
+        starts_SB[1:] = ids_SB[1:] != ids_SB[:-1]
+        # Sequence after sequence.
+        number_SB = starts_SB.transpose(0, 1).flatten().cumsum(0).view(ids_BS.shape) - 1
+        place_SB = torch.arange(len(ids_SB), device=ids_SB.device).unsqueeze(1).expand_as(ids_SB)
+        first_SB = torch.where(starts_SB, place_SB, 0).cummax(0).values
+        return cls(
+            number_SB=number_SB.transpose(0, 1),
+            position_SB=place_SB - first_SB,
+            count=int(number_SB[-1, -1]) + 1,
+            real_SB=ids_SB >= 0,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """(S, B)."""
+        return self.number_SB.shape
+
+    @property
+    def first_SB(self) -> Tensor:
+        """int64: the place in the sequence of the first token of each token's document."""
+        places_S1 = torch.arange(self.shape[0], device=self.number_SB.device).unsqueeze(1)
+        return places_S1 - self.position_SB
+
+    def shard(self, rank: int, num_shards: int) -> slice:
+        """The positions that rank `rank` of `num_shards` holds of each sequence."""
+        length = self.shape[0] // num_shards
+        return slice(rank * length, (rank + 1) * length)

@@ -1,0 +1,45 @@
+"""What layers need to know of a micro-batch beside its hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uoe_parallel.experts.documents import Documents
+from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Context:
+    """The same for all layers of a stage, and on all ranks of a tensor group."""
+
+    documents: Documents
+    """Of this rank's own sequences."""
+    expert_group: Documents
+    """Of all sequences whose tokens meet in an expert group, in the order of its ranks: the same
+    object where that is the tensor group."""
+
+
+def micro_batch_context(
+    shape_BS: tuple[int, int],
+    documents_BS: Tensor | None,
+    groups: ParallelGroups,
+    device: torch.device,
+) -> Context:
+    """Of B sequences of S tokens; documents_BS as `Documents.from_ids` takes them, None for one a
+    sequence. Collective over a wide expert group if there are documents."""
+    batch, length = shape_BS
+    runs = groups.expert.size() // groups.tensor.size()
+    if documents_BS is None:
+        own = Documents.whole(length, batch, device)
+        return Context(own, own if runs == 1 else Documents.whole(length, runs * batch, device))
+    own = Documents.from_ids(documents_BS)
+    if runs == 1:
+        return Context(own, own)
+    # Tensor ranks hold the same sequences: one of each run is enough.
+    gathered = comm.gather_shards(documents_BS, 0, groups.expert)
+    of_runs = gathered.unflatten(0, (runs, groups.tensor.size(), batch))[:, 0].flatten(0, 1)
+    return Context(own, Documents.from_ids(of_runs))
