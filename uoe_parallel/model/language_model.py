@@ -268,10 +268,16 @@ class LanguageModel(nn.Module):
             x = self.embedding(x)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = micro_batch_context(shape, documents_BS, self.groups, x.device)
+        context = self.context(shape, documents_BS, x.device)
         for layer in self.layers.values():
             x = layer(x, context)
         return x
+
+    def context(
+        self, shape_BS: tuple[int, int], documents_BS: Tensor | None, device: torch.device
+    ) -> Context:
+        """What the layers need to know of a micro-batch of this shape."""
+        return micro_batch_context(shape_BS, documents_BS, self.groups, device)
 
     def logits(self, x_SBD: Tensor) -> Tensor:
         """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P]."""

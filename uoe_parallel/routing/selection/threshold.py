@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ class Threshold(Running):
 
     Quantiles don't average over ranks, counts add up: a step counts each expert's scores between
     edges around its threshold, dense at the threshold and apart by the spread of the scores, and
-    reads the step's quantile off their sums. Thresholds are running means of these. All experts
-    are taken in the first steps, until the thresholds know their scores.
+    reads the step's quantile off their sums; beyond the edges it takes the normal distribution's.
+    Thresholds are running means of these. All experts are taken in the first steps, until the
+    thresholds know their scores.
     """
 
     per_unit = True
@@ -63,9 +66,15 @@ class Threshold(Running):
         seen_E = count_E > 0
         # Above edge j are the scores of all cells behind it.
         above_EJ = (count_E.unsqueeze(1) - cells_E.cumsum(1))[:, :-1]
-        quantile_E = _crossing(self._edges(), above_EJ, self.density * count_E)
+        wanted_E = self.density * count_E
         mean_E = sums_E / count_E.clamp(min=1)
         spread_E = (squares_E / count_E.clamp(min=1) - mean_E.square()).clamp(min=0).sqrt()
+        normal = NormalDist().inv_cdf(min(max(1 - self.density, 1e-6), 1 - 1e-6))
+        quantile_E = torch.where(
+            (above_EJ[:, 0] >= wanted_E) & (above_EJ[:, -1] <= wanted_E),
+            _crossing(self._edges(), above_EJ, wanted_E),
+            mean_E + normal * spread_E,
+        )
         # The mean of all steps so far, until there are enough of them to forget the first.
         rate = (1 / (self.state["steps"] + 1)).clamp(min=self.rate)
         steps = {"threshold": quantile_E, "spread": spread_E.clamp(min=1e-6)}
@@ -91,8 +100,7 @@ class Threshold(Running):
 
 
 def _crossing(edges_EJ: Tensor, above_EJ: Tensor, wanted_E: Tensor) -> Tensor:
-    """Where the falling counts at the edges pass the wanted ones, straight between two edges and
-    at most the outermost."""
+    """Where the falling counts at the edges pass the wanted ones, straight between two edges."""
     last = edges_EJ.shape[1] - 1
     behind_E1 = (above_EJ > wanted_E.unsqueeze(1)).sum(1, keepdim=True).clamp(1, last)
     low, high = (edges_EJ.gather(1, behind_E1 - step).squeeze(1) for step in (1, 0))
