@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.dispatch.dispatcher import run_gathered, run_replicated, run_sharded
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.context import Context
 from uoe_parallel.parallel import comm
@@ -27,6 +28,8 @@ class Union(Protocol):
     """Experts whose union is one dense block, such as `UnionOfMLPExperts`."""
 
     num_experts: int
+    needs_all_rows: bool
+    """Whether the experts of a rank need the rows of all tokens, also of those they do not take."""
 
     @property
     def output_bias(self) -> Tensor | None: ...
@@ -38,6 +41,7 @@ class Union(Protocol):
         assignment: Assignment | None = None,
         *,
         documents: Documents,
+        cache: KeyValueCache | None = None,
     ) -> Tensor: ...
 
 
@@ -68,9 +72,11 @@ class DenseBlock(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x_SBD: Tensor, context: Context, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """[S or S/P, B, D] to the same shape."""
-        return self.add_bias(self.experts(x_SBD, documents=context.documents))
+        return self.add_bias(self.experts(x_SBD, documents=context.documents, cache=cache))
 
     def add_bias(self, y_SBD: Tensor) -> Tensor:
         """Add the union's one output bias: once, whatever the routing."""
@@ -116,27 +122,40 @@ class RoutedBlock(DenseBlock):
         self.statistics = RoutingStatistics.zeros(num_experts)
         self.tape: RouteTape | None = None
 
-    def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x_SBD: Tensor, context: Context, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
         scores_SBE = self._scores(x_SBD)
         mask_SBE = self._select(scores_SBE)
         if self.training and self.tape is not None:
             mask_SBE = self.tape(mask_SBE)
         routing = Routing(mask_SBE, self.router.gate(scores_SBE))
-        y_SBD = self.add_bias(self._run(x_SBD, routing, context))
+        y_SBD = self.add_bias(self._run(x_SBD, routing, context, cache))
         # Also the first of two passes when a layer is recomputed: losses and statistics are the
         # second's, the only one that has a backward pass.
         if not torch.is_grad_enabled():
             return y_SBD
         return _AttachLoss.apply(y_SBD, self._losses(scores_SBE, routing.mask_SBE))
 
-    def _run(self, x_SBD: Tensor, routing: Routing, context: Context) -> Tensor:
-        is_wide = self.expert_group.size() > self.group.size()
-        documents = context.expert_group if is_wide else context.documents
-        experts, group = partial(self.experts, documents=documents), self.expert_group
+    def _run(
+        self,
+        x_SBD: Tensor,
+        routing: Routing,
+        context: Context,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        experts: Union = self.experts  # pyright: ignore[reportAssignmentType]
+        group = self.expert_group
         if not self.spreads_tokens:
-            return run_replicated(x_SBD, routing, experts, group, documents)
-        return run_sharded(x_SBD, routing, experts, group, self.group.size(), documents)
+            replicated = partial(experts, documents=context.documents, cache=cache)
+            return run_replicated(x_SBD, routing, replicated, group, context.documents)
+        assert cache is None, "decoding has tokens on every rank"
+        is_wide = group.size() > self.group.size()
+        documents = context.expert_group if is_wide else context.documents
+        run = run_gathered if experts.needs_all_rows else run_sharded
+        spread = partial(experts, documents=documents)
+        return run(x_SBD, routing, spread, group, self.group.size(), documents)
 
     def _scores(self, x_SBD: Tensor) -> Tensor:
         precise = torch.promote_types(x_SBD.dtype, torch.float32)
