@@ -4,7 +4,7 @@ An expert is a slice of the dense block, and a routed block is y_t = sum_i g_i E
 the experts i chosen for token t. Nothing here uses the package's arithmetic: of the package there
 are only the two containers of full dense weights.
 
-x: [S, B, D]; mask and gates: [S, B, E].
+x: [S, B, D]; mask and gates: [S, B, E]; ids: [B, S], the document of each token, -1 for padding.
 """
 
 from __future__ import annotations
@@ -78,63 +78,85 @@ def rotary(x: Tensor, position: int, base: float) -> Tensor:
     return torch.cat((turned.real, turned.imag))
 
 
+def _places(ids: Tensor) -> list[int]:
+    """Each token's place in its document, of the ids [S] of a sequence."""
+    tokens = ids.tolist()
+    return [t - tokens.index(document) for t, document in enumerate(tokens)]
+
+
+def _sees(ids: Tensor, causal: bool, t: int) -> list[int]:
+    """The tokens of a sequence that token t attends to, itself among them."""
+    return [
+        u for u in range(len(ids)) if ids[u] == ids[t] and ids[u] >= 0 and (u <= t or not causal)
+    ]
+
+
 def _head(x: Tensor, weight: Tensor, bias: Tensor | None, head: int, width: int) -> Tensor:
     rows = slice(head * width, (head + 1) * width)
     return linear(x, weight[rows], None if bias is None else bias[rows])
 
 
-def _head_at(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head: int, width: int, base: float
+def _turned(rows: Tensor, ids: Tensor, base: float) -> Tensor:
+    """Rows of every token of a sequence, each turned by its place in its document."""
+    places = _places(ids)
+    return torch.stack([rotary(row, places[t], base) for t, row in enumerate(rows)])
+
+
+def dense_attention(
+    x: Tensor,
+    ids: Tensor,
+    w: DenseAttentionWeights,
+    head_width: int,
+    base: float,
+    causal: bool,
 ) -> Tensor:
-    """A head of every position of x [S, D], each turned by its position."""
-    y = _head(x, weight, bias, head, width)
-    return torch.stack([rotary(row, t, base) for t, row in enumerate(y)])
-
-
-def dense_attention(x: Tensor, w: DenseAttentionWeights, head_width: int, base: float) -> Tensor:
-    """Causal grouped-query attention with rotary positions."""
+    """Grouped-query attention within documents, with rotary positions. Padding gets the bias."""
     length, batch, _ = x.shape
     num_heads, num_kv_heads = w.q_AD.shape[0] // head_width, w.k_CD.shape[0] // head_width
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
     sequences = []
     for b in range(batch):
+        visible = torch.zeros(length, length, dtype=torch.bool)
+        for t in range(length):
+            visible[t, _sees(ids[b], causal, t)] = True
+        padding = ~visible.any(1, keepdim=True)
         heads = []
         for h in range(num_heads):
             kv = h * num_kv_heads // num_heads
-            q = _head_at(x[:, b], w.q_AD, w.q_bias_A, h, head_width, base)
-            k = _head_at(x[:, b], w.k_CD, w.k_bias_C, kv, head_width, base)
+            q = _turned(_head(x[:, b], w.q_AD, w.q_bias_A, h, head_width), ids[b], base)
+            k = _turned(_head(x[:, b], w.k_CD, w.k_bias_C, kv, head_width), ids[b], base)
             v = _head(x[:, b], w.v_CD, w.v_bias_C, kv, head_width)
-            scores = (q @ k.T / math.sqrt(head_width)).masked_fill(later, -math.inf)
-            heads.append(scores.softmax(-1) @ v)
+            scores = (q @ k.T / math.sqrt(head_width)).masked_fill(~(visible | padding), -math.inf)
+            heads.append((scores.softmax(-1) @ v).masked_fill(padding, 0))
         sequences.append(linear(torch.cat(heads, dim=-1), w.output_DA, w.output_bias_D))
     return torch.stack(sequences, dim=1)
 
 
 def routed_attention(
     x: Tensor,
+    ids: Tensor,
     mask: Tensor,
     gates: Tensor,
     w: DenseAttentionWeights,
     head_width: int,
     base: float,
+    causal: bool,
+    all_keys: bool,
 ) -> Tensor:
-    """Expert i attends among its own selected tokens only, turned by their own positions."""
+    """Expert i's tokens attend to those of their document that it selected too, or to all, turned
+    by their own places."""
     length, batch, num_experts = mask.shape
     queries = w.q_AD.shape[0] // head_width // num_experts
     bias = torch.zeros_like(x[0, 0]) if w.output_bias_D is None else w.output_bias_D
     y = [[bias for _ in range(batch)] for _ in range(length)]
     for b in range(batch):
         for i in range(num_experts):
-            keys, values = [], []
-            for t in range(length):
-                if not mask[t, b, i]:
-                    continue
-                key = _head(x[t, b], w.k_CD, w.k_bias_C, i, head_width)
-                keys.append(rotary(key, t, base))
-                values.append(_head(x[t, b], w.v_CD, w.v_bias_C, i, head_width))
-                for h in range(i * queries, (i + 1) * queries):
-                    q = rotary(_head(x[t, b], w.q_AD, w.q_bias_A, h, head_width), t, base)
-                    weights = (torch.stack(keys) @ q / math.sqrt(head_width)).softmax(0)
-                    out = w.output_DA[:, h * head_width : (h + 1) * head_width]
-                    y[t][b] = y[t][b] + gates[t, b, i] * (out @ (weights @ torch.stack(values)))
+            keys = _turned(_head(x[:, b], w.k_CD, w.k_bias_C, i, head_width), ids[b], base)
+            values = _head(x[:, b], w.v_CD, w.v_bias_C, i, head_width)
+            for h in range(i * queries, (i + 1) * queries):
+                q = _turned(_head(x[:, b], w.q_AD, w.q_bias_A, h, head_width), ids[b], base)
+                out = w.output_DA[:, h * head_width : (h + 1) * head_width]
+                for t in mask[:, b, i].nonzero().flatten().tolist():
+                    seen = [u for u in _sees(ids[b], causal, t) if all_keys or mask[u, b, i]]
+                    weights = (keys[seen] @ q[t] / math.sqrt(head_width)).softmax(0)
+                    y[t][b] = y[t][b] + gates[t, b, i] * (out @ (weights @ values[seen]))
     return torch.stack([torch.stack(row) for row in y])

@@ -8,17 +8,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests import reference
-from uoe_parallel.dispatch.dispatcher import Experts, run_replicated, run_sharded
+from uoe_parallel.dispatch.dispatcher import Experts, run_gathered, run_replicated, run_sharded
 from uoe_parallel.experts.attention import DenseAttentionWeights, SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend, LoopBackend
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.mlp import DenseMLPWeights, UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.parallel.comm import sum_over
 from uoe_parallel.parallel.groups import ParallelGroups, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -57,11 +61,11 @@ class MLPSpec:
             output_bias_D=normal(generator, d) if bias else None,
         )
 
-    def dense(self, x: Tensor, w: Weights) -> Tensor:
+    def dense(self, x: Tensor, ids: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseMLPWeights)
         return reference.dense_mlp(x, w)
 
-    def routed(self, x: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
+    def routed(self, x: Tensor, ids: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseMLPWeights)
         return reference.routed_mlp(x, mask, gates, w)
 
@@ -90,6 +94,8 @@ class AttentionSpec:
     queries_per_expert: int = 1
     bias: bool = True
     head_width: int = 4
+    causal: bool = True
+    keys_and_values: Literal["selected", "all"] = "selected"
 
     @property
     def hidden_size(self) -> int:
@@ -109,13 +115,14 @@ class AttentionSpec:
             output_bias_D=normal(generator, a) if bias else None,
         )
 
-    def dense(self, x: Tensor, w: Weights) -> Tensor:
+    def dense(self, x: Tensor, ids: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseAttentionWeights)
-        return reference.dense_attention(x, w, self.head_width, ROPE_BASE)
+        return reference.dense_attention(x, ids, w, self.head_width, ROPE_BASE, self.causal)
 
-    def routed(self, x: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
+    def routed(self, x: Tensor, ids: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseAttentionWeights)
-        return reference.routed_attention(x, mask, gates, w, self.head_width, ROPE_BASE)
+        how = (self.head_width, ROPE_BASE, self.causal, self.keys_and_values == "all")
+        return reference.routed_attention(x, ids, mask, gates, w, *how)
 
     def build(
         self, groups: ParallelGroups, dtype: torch.dtype, backend: Backend
@@ -125,6 +132,8 @@ class AttentionSpec:
             self.num_experts * self.queries_per_expert,
             self.num_experts,
             rope_base=ROPE_BASE,
+            causal=self.causal,
+            keys_and_values=self.keys_and_values,
             bias=self.bias,
             backend=backend,
             config=megatron_config(groups.layout, dtype),
@@ -143,7 +152,8 @@ class Problem:
 
     A token of the s-th equal stretch of the sequence visits expert i with probability
     stretch_density[s] * expert_density[i], so that with a stretch per rank and zeros among the
-    densities a rank sends nothing, or a rank's experts receive nothing.
+    densities a rank sends nothing, or a rank's experts receive nothing. If `packed`, sequences hold
+    several documents and padding, otherwise one document each.
     """
 
     spec: Spec
@@ -152,6 +162,7 @@ class Problem:
     stretch_density: tuple[float, ...]
     expert_density: tuple[float, ...]
     seed: int = 0
+    packed: bool = False
 
     def __post_init__(self) -> None:
         assert self.length % len(self.stretch_density) == 0
@@ -165,14 +176,34 @@ class Problem:
         )
         density = stretch.view(-1, 1, 1) * torch.tensor(self.expert_density)
         chance = torch.rand(*tokens, self.spec.num_experts, generator=generator)
+        ids = self._ids()
+        real = (ids >= 0).t().unsqueeze(-1)
         made = ProblemTensors(
             x=normal(generator, *tokens, self.spec.hidden_size),
-            mask=chance < density,
+            ids=ids,
+            mask=(chance < density) & real,
             gates=normal(generator, *tokens, self.spec.num_experts),
             upstream=normal(generator, *tokens, self.spec.hidden_size),
             weights=self.spec.weights(generator),
         )
         return made if dtype is torch.float64 else made.to(dtype)
+
+    def _ids(self) -> Tensor:
+        shape = (self.batch, self.length)
+        if not self.packed:
+            return torch.zeros(shape, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(self.seed)
+        ids = (torch.rand(shape, generator=generator) < 0.3).cumsum(1)
+        padding = torch.rand(self.batch, self.length + 1, generator=generator) < 0.2
+        return ids.masked_fill(padding.gather(1, ids), -1)
+
+    def context(self, groups: ParallelGroups) -> Context:
+        """What this rank's layers know of the documents. Collective."""
+        ids = self._ids()
+        if groups.layout.has_wide_experts:
+            ids = ids.chunk(groups.layout.data)[groups.data_rank]
+        shape, device = (ids.shape[0], ids.shape[1]), ids.device
+        return micro_batch_context(shape, ids if self.packed else None, groups, device)
 
 
 @dataclass(frozen=True)
@@ -180,6 +211,8 @@ class ProblemTensors:
     """Full tensors of a problem, S first."""
 
     x: Tensor
+    ids: Tensor
+    """[B, S]."""
     mask: Tensor
     gates: Tensor
     upstream: Tensor
@@ -189,6 +222,7 @@ class ProblemTensors:
         named = {name: value.to(dtype) for name, value in named_weights(self.weights).items()}
         return ProblemTensors(
             x=self.x.to(dtype),
+            ids=self.ids,
             mask=self.mask,
             gates=self.gates.to(dtype),
             upstream=self.upstream.to(dtype),
@@ -217,7 +251,7 @@ def expected_routed(problem: Problem) -> Outcome:
     leaves = {"x": t.x, "gates": t.gates, **named_weights(t.weights)}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    return _outcome(problem.spec.routed(t.x, t.mask, t.gates, t.weights), t.upstream, leaves)
+    return _outcome(problem.spec.routed(t.x, t.ids, t.mask, t.gates, t.weights), t.upstream, leaves)
 
 
 @functools.cache
@@ -227,7 +261,7 @@ def expected_dense(problem: Problem) -> Outcome:
     leaves = {"x": t.x, **named_weights(t.weights)}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    return _outcome(problem.spec.dense(t.x, t.weights), t.upstream, leaves)
+    return _outcome(problem.spec.dense(t.x, t.ids, t.weights), t.upstream, leaves)
 
 
 def _outcome(y: Tensor, upstream: Tensor, leaves: dict[str, Tensor]) -> Outcome:
@@ -290,12 +324,21 @@ def weight_gradients(
     return named_weights(union.to_dense())
 
 
-def run_experts(x: Tensor, routing: Routing, experts: Experts, groups: ParallelGroups) -> Tensor:
-    """In the parallel form that suits the layout."""
+def run_experts(
+    x: Tensor,
+    routing: Routing,
+    experts: Experts,
+    groups: ParallelGroups,
+    documents: Documents,
+    *,
+    needs_all_rows: bool = False,
+) -> Tensor:
+    """In the parallel form that suits the layout; `documents` of the expert group's sequences."""
     layout = groups.layout
     if not layout.sequence_parallel and not layout.has_wide_experts:
-        return run_replicated(x, routing, experts, groups.expert)
-    return run_sharded(x, routing, experts, groups.expert, layout.tensor)
+        return run_replicated(x, routing, experts, groups.expert, documents)
+    run = run_gathered if needs_all_rows else run_sharded
+    return run(x, routing, experts, groups.expert, layout.tensor, documents)
 
 
 def run_routed(
@@ -311,7 +354,10 @@ def run_routed(
     block = DenseBlock(union, group=groups.tensor, sequence_parallel=sharded)
     x = local(t.x, groups).requires_grad_()
     gates = local(t.gates, groups).requires_grad_()
-    y = block.add_bias(run_experts(x, Routing(local(t.mask, groups), gates), union, groups))
+    documents = problem.context(groups).expert_group
+    routing = Routing(local(t.mask, groups), gates)
+    experts, all_rows = partial(union, documents=documents), union.needs_all_rows
+    y = block.add_bias(run_experts(x, routing, experts, groups, documents, needs_all_rows=all_rows))
     y.backward(local(t.upstream, groups))
     assert x.grad is not None and gates.grad is not None
     return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **weight_gradients(union, groups)}

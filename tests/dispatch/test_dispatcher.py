@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from tests.unions import (
     run_routed,
 )
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel.groups import start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.routing.router import Routing
@@ -77,6 +78,21 @@ def _problem(spec: Spec, case: str, seed: int) -> Problem:
 NAMED = [
     _problem(spec, case, seed) for seed, spec in enumerate(SPECS) for case in TOKENS_AND_EXPERTS
 ]
+PACKED_CASES = ("half of the pairs", "first ranks send nothing", "last rank's experts get nothing")
+VARIANTS: list[Spec] = [
+    AttentionSpec(causal=False),
+    AttentionSpec(keys_and_values="all", queries_per_expert=2, head_width=2),
+    AttentionSpec(keys_and_values="all", causal=False, bias=False),
+]
+NAMED_VARIANTS = [
+    *(_problem(spec, case, 7) for spec in VARIANTS for case in ("half of the pairs", "skewed")),
+    *(_problem(spec, "no token routed", 7) for spec in VARIANTS[1:2]),
+    *(
+        replace(_problem(spec, case, seed), packed=True)
+        for seed, spec in enumerate([SPECS[0], *SPECS[2:], *VARIANTS])
+        for case in PACKED_CASES
+    ),
+]
 NAMED_MLP = [problem for problem in NAMED if isinstance(problem.spec, MLPSpec)]
 
 
@@ -101,6 +117,8 @@ def problems(draw: st.DrawFn, layout: ParallelLayout) -> Problem:
                 queries_per_expert=st.integers(1, 2),
                 bias=st.booleans(),
                 head_width=st.sampled_from([2, 4]),
+                causal=st.booleans(),
+                keys_and_values=st.sampled_from(["selected", "all"]),
             ),
         )
     )
@@ -111,6 +129,7 @@ def problems(draw: st.DrawFn, layout: ParallelLayout) -> Problem:
         stretch_density=tuple(draw(st.lists(densities, min_size=ranks, max_size=ranks))),
         expert_density=tuple(draw(st.lists(densities, min_size=num_experts, max_size=num_experts))),
         seed=draw(st.integers(0, 2**16)),
+        packed=draw(st.booleans()),
     )
 
 
@@ -141,6 +160,15 @@ def _check_solutions(ranks: Ranks, batch: list[Problem], layout: ParallelLayout)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_named_routings_equal_the_reference(ranks: Ranks, layout: ParallelLayout) -> None:
     _check_solutions(ranks, NAMED, layout)
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[0], *REPLICATED[:1], *SHARDED[:2], *WIDE], ids=layout_id
+)
+def test_documents_directions_and_all_keys_equal_the_reference(
+    ranks: Ranks, layout: ParallelLayout
+) -> None:
+    _check_solutions(ranks, NAMED_VARIANTS, layout)
 
 
 @pytest.mark.parametrize("layout", [*REPLICATED[:1], *SHARDED[:2], *WIDE[::2]], ids=layout_id)
@@ -223,8 +251,11 @@ class _RecordingExperts:
         return assignment.sum_by_row(pairs * gates_N.unsqueeze(1))
 
 
-def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
-    """Rows carry the number of their token, position * batch + sequence."""
+def _trace_all(
+    batch: list[Problem], layout: ParallelLayout, needs_all_rows: bool = False
+) -> list[Trace]:
+    """Rows carry the number of their token, position * batch + sequence. Each sequence counts as a
+    document, so that runs tell sequences."""
     groups = start_groups(layout)
     traces = []
     for problem in batch:
@@ -233,8 +264,10 @@ def _trace_all(batch: list[Problem], layout: ParallelLayout) -> list[Trace]:
         x = local(token.expand(-1, -1, 3).double(), groups).requires_grad_()
         gates = local(t.gates, groups).requires_grad_()
         experts = _RecordingExperts(groups.expert.rank() * t.mask.shape[2] // layout.expert)
+        documents = Documents.whole(problem.length, problem.batch, x.device)
         with _Collectives() as collectives:
-            y = run_experts(x, Routing(local(t.mask, groups), gates), experts, groups)
+            routing = Routing(local(t.mask, groups), gates)
+            y = run_experts(x, routing, experts, groups, documents, needs_all_rows=needs_all_rows)
             y.backward(torch.ones_like(y))
         traces.append(Trace(experts.visits, experts.rows, collectives.calls))
     return traces
@@ -325,6 +358,19 @@ def test_replicated_tokens_do_not_move(named_traces: Traces, layout: ParallelLay
     for of_rank in named_traces(layout):
         for trace in of_rank:
             assert _shapes(trace.collectives) == {"allreduce_()": 3}
+
+
+@pytest.mark.parametrize("layout", [SHARDED[0], *WIDE[1:]], ids=layout_id)
+def test_experts_that_need_all_rows_get_them_in_order(ranks: Ranks, layout: ParallelLayout) -> None:
+    """Rows are gathered and sums scattered, the other way round in backward; masks and gates, of a
+    rank's own experts, and gradients of gates are exchanged. Also by ranks without a pair."""
+    traces = ranks(layout.world_size).run(_trace_all, NAMED_MLP, layout, True)
+    _check_conservation(NAMED_MLP, traces)
+    for of_rank in traces:
+        for problem, trace in zip(NAMED_MLP, of_rank, strict=True):
+            assert trace.rows == list(range(problem.length * problem.batch))
+            names = Counter(name for name, _, _ in trace.collectives)
+            assert names == {"_allgather_base_": 2, "_reduce_scatter_base_": 2, "alltoall_base_": 3}
 
 
 @pytest.mark.parametrize("layout", [*SHARDED[:2], *WIDE[::2]], ids=layout_id)

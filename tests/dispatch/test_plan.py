@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.harness import Ranks
-from tests.unions import start
+from tests.unions import local, start
 from uoe_parallel.dispatch.plan import RoutePlan, plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.documents import Documents
+from uoe_parallel.parallel.groups import start_groups
+from uoe_parallel.parallel.layout import ParallelLayout
 
 Pair = tuple[int, int, int]
 """Position in the whole sequence, sequence, expert."""
@@ -67,17 +70,55 @@ def test_local_plan_lists_the_pairs_of_the_ranks_experts(mask: Tensor, rank: int
     per_rank = num_experts // 4
     experts = range(rank * per_rank, (rank + 1) * per_rank)
     pairs = _pairs(mask, rank, 4)
-    assignment, token_N, expert_N = plan_local(mask, rank, 4)
+    own = mask[..., rank * per_rank : (rank + 1) * per_rank]
+    documents = Documents.whole(length, batch, mask.device)
+    assignment, token_N, expert_N = plan_local(own, documents)
     tokens = [(t, b) for t in range(length) for b in range(batch)]
     _check_assignment(assignment, pairs, tokens, experts, batch)
     assert token_N.tolist() == [t * batch + b for t, b, _ in pairs]
-    assert expert_N.tolist() == [e for _, _, e in pairs]
+    assert expert_N.tolist() == [e - experts.start for _, _, e in pairs]
+
+
+def test_runs_of_a_local_plan_are_of_documents() -> None:
+    ids = torch.tensor([[2, 2, 3, 3, -1], [0, 0, 0, -1, 1]])
+    mask = (ids >= 0).t().unsqueeze(-1).repeat(1, 1, 2)
+    mask[2, 0, 0] = mask[0, 1, 1] = False
+    assignment, token_N, expert_N = plan_local(mask, Documents.from_ids(ids))
+    # Documents by number: 2, 3 and padding of the first sequence, 0, padding and 1 of the second.
+    assert assignment.run_lengths_G.tolist() == [2, 1, 0, 3, 0, 1, 2, 2, 0, 2, 0, 1]
+    assert assignment.expert_counts_E.tolist() == [7, 7]
+    assert assignment.position_N.tolist() == [0, 1, 1, 0, 1, 2, 0, 0, 1, 0, 1, 1, 2, 0]
+    assert token_N.tolist() == [0, 2, 6, 1, 3, 5, 9, 0, 2, 4, 6, 3, 5, 9]
+    assert expert_N.tolist() == [0] * 7 + [1] * 7
+
+
+def _plan_packed(mask: Tensor, ids: Tensor, layout: ParallelLayout) -> Assignment:
+    groups = start_groups(layout)
+    documents = Documents.from_ids(ids)
+    return plan_exchange(local(mask, groups), groups.expert, layout.tensor, documents).assignment
+
+
+def test_exchange_plan_finds_documents_across_shards_and_runs(ranks: Ranks) -> None:
+    """What arrives at a rank is what a rank with all tokens would plan, but for the rows."""
+    ids = torch.tensor([[2, 2, 2, 3], [-1, 4, 4, -1], [5, 6, 6, 6], [0, 0, 1, 1]])
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(4, 4, 4, generator=generator) < 0.6) & (ids >= 0).t().unsqueeze(-1)
+    layout = ParallelLayout(4, 2, 1, 4, sequence_parallel=True, zero_stage=0)
+    for rank, found in enumerate(ranks(4).run(_plan_packed, mask, ids, layout)):
+        wanted, _, _ = plan_local(mask[..., rank : rank + 1], Documents.from_ids(ids))
+        for name in ("position_N", "document_N", "expert_counts_E", "run_lengths_G"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 def _plan_all(batch: list[Tensor], tensor: int) -> list[RoutePlan]:
     groups = start(tensor, sequence_parallel=True)
     return [
-        plan_exchange(mask.chunk(tensor)[groups.tensor_rank].contiguous(), groups.tensor, tensor)
+        plan_exchange(
+            mask.chunk(tensor)[groups.tensor_rank].contiguous(),
+            groups.tensor,
+            tensor,
+            Documents.whole(mask.shape[0], mask.shape[1], mask.device),
+        )
         for mask in batch
     ]
 

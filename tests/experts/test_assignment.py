@@ -1,4 +1,4 @@
-"""Pairs sorted by (expert, sequence, position), and rows gathered and summed by them."""
+"""Pairs sorted by (expert, document, position), and rows gathered and summed by them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from hypothesis import strategies as st
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
 
-EXPERTS, SEQUENCES, LENGTH = 3, 2, 5
+EXPERTS, DOCUMENTS, LENGTH = 3, 2, 5
 
 routings = st.sets(
     st.tuples(
-        st.integers(0, LENGTH - 1), st.integers(0, SEQUENCES - 1), st.integers(0, EXPERTS - 1)
+        st.integers(0, LENGTH - 1), st.integers(0, DOCUMENTS - 1), st.integers(0, EXPERTS - 1)
     )
 )
-"""(position, sequence, expert)."""
+"""(position, document, expert)."""
 
 
 def _sort(pairs: list[tuple[int, int, int]]) -> tuple[Assignment, torch.Tensor]:
-    """Every token of every sequence is a row."""
-    position_N, sequence_N, expert_N = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
+    """Every token of every document is a row."""
+    position_N, document_N, expert_N = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
     return sort_pairs(
-        row_N=position_N * SEQUENCES + sequence_N,
+        row_N=position_N * DOCUMENTS + document_N,
         expert_N=expert_N,
-        sequence_N=sequence_N,
+        document_N=document_N,
         position_N=position_N,
-        num_rows=LENGTH * SEQUENCES,
+        num_rows=LENGTH * DOCUMENTS,
         num_experts=EXPERTS,
-        num_sequences=SEQUENCES,
+        num_documents=DOCUMENTS,
     )
 
 
 @given(routings)
-def test_pairs_are_sorted_by_expert_sequence_and_position(
+def test_pairs_are_sorted_by_expert_document_and_position(
     routing: set[tuple[int, int, int]],
 ) -> None:
     pairs = sorted(routing)
@@ -41,12 +41,12 @@ def test_pairs_are_sorted_by_expert_sequence_and_position(
     wanted = sorted(pairs, key=lambda pair: (pair[2], pair[1], pair[0]))
     assert [pairs[i] for i in order.tolist()] == wanted
     assert assignment.position_N.tolist() == [t for t, _, _ in wanted]
-    assert assignment.row_N.tolist() == [t * SEQUENCES + b for t, b, _ in wanted]
+    assert assignment.row_N.tolist() == [t * DOCUMENTS + b for t, b, _ in wanted]
     assert assignment.row_N.shape[0] == len(wanted)
-    experts, sequences = range(EXPERTS), range(SEQUENCES)
+    experts, documents = range(EXPERTS), range(DOCUMENTS)
     assert assignment.expert_counts_E.tolist() == [sum(p[2] == e for p in wanted) for e in experts]
     assert assignment.run_lengths_G.tolist() == [
-        sum(p[1:] == (b, e) for p in wanted) for e in experts for b in sequences
+        sum(p[1:] == (b, e) for p in wanted) for e in experts for b in documents
     ]
 
 
@@ -55,7 +55,7 @@ def test_rows_are_gathered_and_summed_with_gradients(routing: set[tuple[int, int
     assignment, _ = _sort(sorted(routing))
     rows = assignment.row_N.tolist()
     generator = torch.Generator().manual_seed(len(rows))
-    x = torch.randn(LENGTH * SEQUENCES, 3, generator=generator).requires_grad_()
+    x = torch.randn(LENGTH * DOCUMENTS, 3, generator=generator).requires_grad_()
     pairs = torch.randn(len(rows), 3, generator=generator).requires_grad_()
     weight = torch.randn(len(rows), 3, generator=generator)
     upstream = torch.randn(x.shape, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from uoe_parallel.experts.backends import (
     Backend,
     FlashBackend,
     GroupedBackend,
+    Keys,
     LoopBackend,
     PaddedAttention,
     ReferenceBackend,
@@ -83,13 +84,38 @@ def _products(x_NK: Tensor, w_EKM: Tensor, counts_E: list[int]) -> Tensor:
     return y
 
 
-def _attention(q_NHd: Tensor, k_Nd: Tensor, v_Nd: Tensor, lengths_G: list[int]) -> Tensor:
-    """By one mask over all rows: of the same run, and not later."""
+def _attention(
+    q_NHd: Tensor,
+    k_Md: Tensor,
+    v_Md: Tensor,
+    lengths_G: list[int],
+    *,
+    causal: bool = True,
+    keys: Keys | None = None,
+) -> Tensor:
+    """By one mask over all rows: of the same run, and if causal not later."""
     run_N = torch.tensor([g for g, length in enumerate(lengths_G) for _ in range(length)])
-    visible = (run_N.unsqueeze(1) == run_N).tril()
-    scores = torch.einsum("nhd,md->hnm", q_NHd, k_Nd) / q_NHd.shape[-1] ** 0.5
+    key_lengths = lengths_G if keys is None else keys.lengths_G.tolist()
+    run_M = torch.tensor([g for g, length in enumerate(key_lengths) for _ in range(length)])
+    place_M = torch.tensor([place for length in key_lengths for place in range(length)])
+    visible = run_N.unsqueeze(1) == run_M
+    if causal:
+        place_N = place_M if keys is None else keys.place_N
+        visible = visible & (place_M <= place_N.unsqueeze(1))
+    scores = torch.einsum("nhd,md->hnm", q_NHd, k_Md) / q_NHd.shape[-1] ** 0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return torch.einsum("hnm,md->nhd", weights, v_Nd)
+    return torch.einsum("hnm,md->nhd", weights, v_Md)
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> tuple[list[int], Keys | None]:
+    """Lengths of runs, and the keys of runs that have others than the queries' own rows."""
+    key_lengths = draw(st.lists(st.sampled_from([0, 0, 1, 2, 5, 9]), min_size=1, max_size=6))
+    if draw(st.booleans()):
+        return key_lengths, None
+    chosen = [[p for p in range(length) if draw(st.booleans())] for length in key_lengths]
+    places = torch.tensor([place for run in chosen for place in run], dtype=torch.int64)
+    return [len(run) for run in chosen], Keys(torch.tensor(key_lengths), places)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
@@ -113,26 +139,94 @@ def test_products(
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
-@settings(max_examples=25)
-@given(lengths_G=counts, heads=st.integers(1, 3))
-def test_causal_attention(
-    backend: Backend, dtype: torch.dtype, tolerance: Tolerance, lengths_G: list[int], heads: int
+def test_products_of_all_rows(backend: Backend, dtype: torch.dtype, tolerance: Tolerance) -> None:
+    """With a part of each slice's columns, as they lie in a weight; also of no rows."""
+    for rows in (3, 0):
+        x, w = _leaves((rows, 8), (4, 6, 8))
+        exact = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
+        found = backend.all_products(leaves[0], leaves[1][:, 2:].transpose(1, 2))
+        wanted = torch.einsum("nk,emk->enm", exact[0], exact[1][:, 2:])
+        _check(found, wanted, leaves, exact, tolerance)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@settings(max_examples=40)
+@given(runs=attentions(), heads=st.integers(1, 3), causal=st.booleans())
+def test_attention(
+    backend: Backend,
+    dtype: torch.dtype,
+    tolerance: Tolerance,
+    runs: tuple[list[int], Keys | None],
+    heads: int,
+    causal: bool,
 ) -> None:
+    lengths_G, keys = runs
     rows = sum(lengths_G)
-    tensors = _leaves((rows, heads, 4), (rows, 4), (rows, 4))
+    num_keys = rows if keys is None else int(keys.lengths_G.sum())
+    tensors = _leaves((rows, heads, 4), (num_keys, 4), (num_keys, 4))
     exact = [t.clone().requires_grad_() for t in tensors]
-    leaves = [t.to(dtype).requires_grad_() for t in tensors]
-    found = backend.causal_attention(leaves[0], leaves[1], leaves[2], torch.tensor(lengths_G))
-    _check(found, _attention(exact[0], exact[1], exact[2], lengths_G), leaves, exact, tolerance)
+    q, k, v = leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    found = backend.attention(q, k, v, torch.tensor(lengths_G), causal=causal, keys=keys)
+    wanted = _attention(exact[0], exact[1], exact[2], lengths_G, causal=causal, keys=keys)
+    _check(found, wanted, leaves, exact, tolerance)
 
 
-def test_equal_to_one_dense_call_when_all_rows_are_one_run() -> None:
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@pytest.mark.parametrize("lengths", [[3, 1, 5, 5], []])
+def test_attention_to_kept_keys(
+    backend: Backend, dtype: torch.dtype, tolerance: Tolerance, lengths: list[int]
+) -> None:
+    """Each query has its own, as if it were the last row of a run; what follows is not seen."""
+    rows = len(lengths)
+    q, k, v = _leaves((rows, 2, 4), (rows, 6, 4), (rows, 6, 4))
+    own = torch.arange(6) < torch.tensor(lengths, dtype=torch.int64).unsqueeze(1)
+    keys = Keys(torch.tensor(lengths, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+    wanted = _attention(q, k[own], v[own], [1] * rows, causal=False, keys=keys)
+    found = backend.attention_to_kept(q.to(dtype), k.to(dtype), v.to(dtype), keys.lengths_G)
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+def test_variable_length_kernel_is_told_runs_and_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself needs a GPU: a plain function stands in for it."""
+
+    def plain(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: Tensor,
+        key_starts: Tensor,
+        *longest: int,
+        **how: Any,
+    ) -> Tensor:
+        lengths, key_lengths = starts.diff(), key_starts.diff()
+        assert starts.dtype == key_starts.dtype == torch.int32 and how["enable_gqa"]
+        assert longest == (int(lengths.max()), int(key_lengths.max()))
+        causal = {(-1, 0): True, (-1, -1): False}[how["window_size"]]
+        keys = None if causal else Keys(key_lengths.long(), torch.zeros(len(q)))
+        return _attention(q, k[:, 0], v[:, 0], lengths.tolist(), causal=causal, keys=keys)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain)
+    lengths, others = [3, 0, 2], Keys(torch.tensor([4, 1, 2]), torch.tensor([0, 2, 3, 0, 1]))
+    q, k, v = _leaves((5, 2, 4), (7, 4), (7, 4))
+    for causal in (True, False):
+        for keys in (None, others):
+            k_M, v_M = (k, v) if keys else (k[:5], v[:5])
+            found = FlashBackend().attention(
+                q, k_M, v_M, torch.tensor(lengths), causal=causal, keys=keys
+            )
+            wanted = _attention(q, k_M, v_M, lengths, causal=causal, keys=keys)
+            torch.testing.assert_close(found, wanted, rtol=FP64.rtol, atol=FP64.atol)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_to_one_dense_call_when_all_rows_are_one_run(causal: bool) -> None:
     q, k, v = _leaves((7, 2, 4), (7, 4), (7, 4))
     dense = F.scaled_dot_product_attention(
-        q.transpose(0, 1), k.expand(2, 7, 4), v.expand(2, 7, 4), is_causal=True
+        q.transpose(0, 1), k.expand(2, 7, 4), v.expand(2, 7, 4), is_causal=causal
     ).transpose(0, 1)
     for backend in (LoopBackend(), ReferenceBackend()):
-        found = backend.causal_attention(q, k, v, torch.tensor([7]))
+        found = backend.attention(q, k, v, torch.tensor([7]), causal=causal)
         torch.testing.assert_close(found, dense, rtol=FP64.rtol, atol=FP64.atol)
 
 
@@ -149,24 +243,41 @@ def test_reference_gives_a_row_the_same_bits_whatever_comes_later(
         left -= kept_lengths[-1]
     q, k, v, w = _leaves((rows, 2, 4), (rows, 4), (rows, 4), (len(lengths_G), 4, 3))
     backend, whole, part = ReferenceBackend(), torch.tensor(lengths_G), torch.tensor(kept_lengths)
-    attended = backend.causal_attention(q, k, v, whole)[:kept]
-    assert torch.equal(backend.causal_attention(q[:kept], k[:kept], v[:kept], part), attended)
+    attended = backend.attention(q, k, v, whole, causal=True)[:kept]
+    found = backend.attention(q[:kept], k[:kept], v[:kept], part, causal=True)
+    assert torch.equal(found, attended)
     assert torch.equal(backend.products(k[:kept], w, part), backend.products(k, w, whole)[:kept])
+    assert torch.equal(backend.all_products(k[:kept], w), backend.all_products(k, w)[:, :kept])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_gives_a_run_the_same_bits_whatever_is_beside_it(causal: bool) -> None:
+    lengths = [3, 0, 4, 2]
+    q, k, v = _leaves((9, 2, 4), (9, 4), (9, 4))
+    whole = ReferenceBackend().attention(q, k, v, torch.tensor(lengths), causal=causal)
+    for run, length in enumerate(lengths):
+        rows = slice(sum(lengths[:run]), sum(lengths[: run + 1]))
+        alone = torch.tensor([length])
+        found = ReferenceBackend().attention(q[rows], k[rows], v[rows], alone, causal=causal)
+        assert torch.equal(found, whole[rows])
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [*((backend.values[0], backend.values[1]) for backend in BACKENDS), (FlashBackend(), None)],
 )
-def test_dropout_of_attention_probabilities(backend: Backend, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_of_attention_probabilities(
+    backend: Backend, dtype: torch.dtype | None, causal: bool
+) -> None:
     """Of each row, head and run on its own; the kept ones are scaled to keep their mean."""
     lengths, share = [9, 0, 16], 0.3
     q, k, _ = (t.to(dtype or torch.float32) for t in _leaves((25, 2, 16), (25, 16), (25, 16)))
     # With the rows of an identity as values, what comes out are the probabilities.
     v = torch.cat([torch.eye(length, 16, dtype=q.dtype) for length in lengths])
-    expected = PaddedAttention().causal_attention(q, k, v, torch.tensor(lengths))
+    expected = PaddedAttention().attention(q, k, v, torch.tensor(lengths), causal=causal)
     torch.manual_seed(0)
-    found = backend.causal_attention(q, k, v, torch.tensor(lengths), share)
+    found = backend.attention(q, k, v, torch.tensor(lengths), causal=causal, dropout=share)
     visible = expected > 0
     dropped = visible & (found == 0)
     wanted = (expected / (1 - share)).masked_fill(dropped, 0)
@@ -181,6 +292,8 @@ UNIONS: list[Spec] = [
     MLPSpec(activation="swiglu", hidden_size=8, expert_width=8, bias=False),
     AttentionSpec(num_experts=4),
     AttentionSpec(num_experts=4, queries_per_expert=2, bias=False),
+    AttentionSpec(num_experts=4, causal=False),
+    AttentionSpec(num_experts=4, queries_per_expert=2, keys_and_values="all"),
 ]
 PROBLEMS = [
     Problem(spec, 8, 2, (1.0, 0.2), density, seed=seed)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.harness import Ranks
 from tests.unions import (
@@ -18,14 +22,18 @@ from tests.unions import (
     layout_id,
     local,
     named_weights,
+    run_experts,
     start,
     weight_gradients,
 )
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.experts.cache import KeyValueCache
+from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
+from uoe_parallel.model.context import Context
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.routing.gates import GATES
+from uoe_parallel.routing.router import Routing
 
 SPECS: list[Spec] = [
     MLPSpec(activation="gelu", bias=False),
@@ -36,12 +44,16 @@ SPECS: list[Spec] = [
     AttentionSpec(bias=True),
     AttentionSpec(bias=False, queries_per_expert=2),
     AttentionSpec(bias=True, queries_per_expert=3, num_experts=8, head_width=2),
+    AttentionSpec(bias=True, queries_per_expert=2, causal=False),
+    AttentionSpec(bias=True, queries_per_expert=2, head_width=2, keys_and_values="all"),
+    AttentionSpec(bias=False, causal=False, keys_and_values="all"),
 ]
 PROBLEMS = [
     Problem(spec, length=8, batch=2, stretch_density=(1.0,), expert_density=(1.0,) * n, seed=seed)
     for seed, spec in enumerate(SPECS)
     for n in [spec.num_experts]
 ]
+PACKED = [replace(problem, packed=True) for problem in PROBLEMS[5:]]
 LAYOUTS = [
     ParallelLayout(1, 1, 1, 1, sequence_parallel=False, zero_stage=0),
     ParallelLayout(2, 2, 1, 2, sequence_parallel=False, zero_stage=0),
@@ -76,10 +88,46 @@ def _all_on(problem: Problem, groups: ParallelGroups, gate: str) -> RoutedBlock:
 def _run(block: DenseBlock, problem: Problem, groups: ParallelGroups) -> Outcome:
     t = problem.tensors()
     x = local(t.x, groups).requires_grad_()
-    y = block(x)
+    y = block(x, problem.context(groups))
     y.backward(local(t.upstream, groups))
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **weight_gradients(block.experts, groups)}  # pyright: ignore[reportArgumentType]
+
+
+class _AllSelected(DenseBlock):
+    """Every token that is no padding visits every expert with a gate of one."""
+
+    def __init__(self, problem: Problem, groups: ParallelGroups) -> None:
+        sharded = groups.layout.sequence_parallel
+        super().__init__(build(problem, groups), group=groups.tensor, sequence_parallel=sharded)
+        self.mask = local(problem.tensors().mask, groups)
+        self.groups = groups
+
+    def forward(
+        self, x_SBD: Tensor, context: Context, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        union: Union = self.experts  # pyright: ignore[reportAssignmentType]
+        y_SBD = run_experts(
+            x_SBD,
+            Routing(self.mask, self.mask.to(x_SBD.dtype).requires_grad_()),
+            partial(union, documents=context.expert_group),
+            self.groups,
+            context.expert_group,
+            needs_all_rows=union.needs_all_rows,
+        )
+        return self.add_bias(y_SBD)
+
+
+def _run_packed(layout: ParallelLayout) -> list[dict[str, Outcome]]:
+    """Each problem with packed documents, dense and routed."""
+    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return [
+        {
+            "dense": _run(_dense_block(problem, groups), problem, groups),
+            "routed": _run(_AllSelected(problem, groups), problem, groups),
+        }
+        for problem in PACKED
+    ]
 
 
 def _run_all(layout: ParallelLayout) -> list[dict[str, Outcome]]:
@@ -110,6 +158,21 @@ def test_all_experts_with_gates_of_one_are_the_dense_block(
             assert_equal_to(expected_dense(problem), found, layout, (path, problem))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_all_experts_are_the_dense_block_of_packed_documents(
+    ranks: Ranks, layout: ParallelLayout
+) -> None:
+    """Padding does not come out of the experts; it still gets the output bias."""
+    by_rank = ranks(layout.world_size).run(_run_packed, layout)
+    for i, problem in enumerate(PACKED):
+        expected = expected_dense(problem)
+        padding = problem.tensors().ids.t() < 0
+        assert padding.any()
+        for path in ("dense", "routed"):
+            found = [outcomes[i][path] for outcomes in by_rank]
+            assert_equal_to(expected, found, layout, (path, problem))
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_dense_weights_survive_a_round_trip_exactly(ranks: Ranks, tensor: int) -> None:
     layout = ParallelLayout(tensor, tensor, 1, tensor, sequence_parallel=False, zero_stage=0)
@@ -121,10 +184,11 @@ def test_dense_weights_survive_a_round_trip_exactly(ranks: Ranks, tensor: int) -
                 assert torch.equal(found[name], full[name]), (problem, name)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: str(problem.spec))
+@pytest.mark.parametrize("problem", PROBLEMS + PACKED, ids=lambda problem: str(problem.spec))
 def test_references_agree_with_each_other(problem: Problem) -> None:
     """The dense reference knows no experts, the routed one visits them one by one."""
     t = problem.tensors()
-    assert t.mask.all()
-    routed = problem.spec.routed(t.x, t.mask, torch.ones_like(t.gates), t.weights)
+    assert t.mask.all() or problem.packed
+    ones = torch.ones_like(t.gates)
+    routed = problem.spec.routed(t.x, t.ids, t.mask, ones, t.weights)
     torch.testing.assert_close(routed, expected_dense(problem)["y"], rtol=1e-9, atol=1e-11)

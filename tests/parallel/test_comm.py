@@ -71,6 +71,21 @@ def test_sum_forward(ranks: Ranks) -> None:
     _check(found, [A + B, A + B], [U, V])
 
 
+def test_sum_shards(ranks: Ranks) -> None:
+    x = [torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0], [20.0]])]
+    u = [torch.tensor([[3.0]]), torch.tensor([[5.0]])]
+    found = ranks(2).run(_forward_and_backward, comm.sum_shards, x, u)
+    _check(found, [torch.tensor([[11.0]]), torch.tensor([[22.0]])], [torch.cat(u)] * 2)
+
+
+def test_gather_sequence(ranks: Ranks) -> None:
+    """Each rank's gradient is of the whole: what the ranks want of a shard adds up."""
+    x = [torch.tensor([[1.0]]), torch.tensor([[2.0]])]
+    u = [torch.tensor([[3.0], [5.0]]), torch.tensor([[7.0], [11.0]])]
+    found = ranks(2).run(_forward_and_backward, comm.gather_sequence, x, u)
+    _check(found, [torch.cat(x)] * 2, [torch.tensor([[10.0]]), torch.tensor([[16.0]])])
+
+
 def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
     """Rank 0 sends one row to itself and two to rank 1, which sends one to rank 0 only."""
     send = [[1, 2], [1, 0]]
@@ -99,7 +114,9 @@ def test_all_to_all_with_a_rank_that_sends_and_one_that_receives_nothing(ranks: 
     _check(found, [nothing, x], [u, nothing])
 
 
-@pytest.mark.parametrize("operation", [comm.sum_gradient, comm.sum_forward])
+@pytest.mark.parametrize(
+    "operation", [comm.sum_gradient, comm.sum_forward, comm.sum_shards, comm.gather_sequence]
+)
 def test_one_rank_alone_passes_everything_on(ranks: Ranks, operation: Operation) -> None:
     _check(ranks(1).run(_forward_and_backward, operation, [A], [U]), [A], [U])
 

@@ -1,9 +1,10 @@
-"""The two parallel forms of a routed block (UoE's section 4), around any kind of expert."""
+"""The parallel forms of a routed block (UoE's section 4), around any kind of expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -30,8 +31,7 @@ def run_sharded(
     x_SBD: this rank's tokens, one of `num_shards` shards of its sequences. `documents`: of all
     sequences of the group, run of `num_shards` ranks after run. Each row crosses to a rank at most
     once, however many of its experts live there; those add their results up before the one row
-    returns. Collective over the group, forward and backward, also for ranks without a
-    token.
+    returns. Collective over the group, forward and backward, also for ranks without a token.
     """
     plan = plan_exchange(routing.mask_SBE, group, num_shards, documents)
     x_TD = x_SBD.flatten(0, 1)
@@ -47,6 +47,50 @@ def run_sharded(
     return y_TD.index_add(0, plan.sent_token, returned).view_as(x_SBD)
 
 
+def run_gathered(
+    x_SBD: Tensor,
+    routing: Routing,
+    experts: Experts,
+    group: ProcessGroup,
+    num_shards: int,
+    documents: Documents,
+) -> Tensor:
+    """Tokens spread over the ranks, all of which every expert needs: rows are gathered, each rank
+    computes its own experts, and the sums are reduced and scattered.
+
+    For attention that routes queries only. Arguments as of `run_sharded`; the experts get the rows
+    of all sequences, [S, B] of `documents`. Of gates and masks a rank gets its own experts' only.
+    Collective over the group, forward and backward.
+    """
+    runs = group.size() // num_shards
+    mask_SBE = _to_experts(routing.mask_SBE.to(torch.uint8), group)
+    gates_SBE = _to_experts(routing.gates_SBE, group)
+    assignment, token_N, expert_N = plan_local(_side_by_side(mask_SBE, runs) > 0, documents)
+    gates_N = _side_by_side(gates_SBE, runs).flatten(0, 1)[token_N, expert_N]
+    whole_SBD = _side_by_side(comm.gather_sequence(x_SBD, group), runs)
+    sums_TD = experts(whole_SBD.flatten(0, 1), gates_N, assignment)
+    return comm.sum_shards(_in_turn(sums_TD.view_as(whole_SBD), runs), group)
+
+
+def _to_experts(x_SBE: Tensor, group: ProcessGroup) -> Tensor:
+    """[S, B, E] of this rank's tokens to [P x S, B, E / P] of its experts, rank after rank."""
+    length, num_ranks = len(x_SBE), group.size()
+    by_rank = x_SBE.unflatten(-1, (num_ranks, -1)).permute(2, 0, 1, 3).flatten(0, 1)
+    counts = [length] * num_ranks
+    return comm.all_to_all(by_rank, counts, counts, group)
+
+
+def _side_by_side(x: Tensor, runs: int) -> Tensor:
+    """Shards of the sequences of `runs` runs of ranks, [P x S, B, ...] in the order of the ranks,
+    to whole sequences, [S, B, ...] of all runs."""
+    return x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _in_turn(x: Tensor, runs: int) -> Tensor:
+    """The inverse of `_side_by_side`."""
+    return x.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def run_replicated(
     x_SBD: Tensor,
     routing: Routing,
@@ -59,10 +103,10 @@ def run_replicated(
     x_SBD and the routing are the same on all ranks of the group. What enters a rank's experts
     has its gradient summed over the group. The form of one rank alone and of decoding.
     """
-    assignment, token_N, expert_N = plan_local(
-        routing.mask_SBE, group.rank(), group.size(), documents
-    )
+    num_local = routing.mask_SBE.shape[2] // group.size()
+    own = slice(group.rank() * num_local, (group.rank() + 1) * num_local)
+    assignment, token_N, expert_N = plan_local(routing.mask_SBE[..., own], documents)
     x_TD = comm.sum_gradient(x_SBD, group).flatten(0, 1)
-    gates_TE = comm.sum_gradient(routing.gates_SBE, group).flatten(0, 1)
+    gates_TE = comm.sum_gradient(routing.gates_SBE, group)[..., own].flatten(0, 1)
     sums_TD = experts(x_TD, gates_TE[token_N, expert_N], assignment)
     return comm.sum_forward(sums_TD, group).view_as(x_SBD)

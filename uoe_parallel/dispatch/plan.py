@@ -92,26 +92,21 @@ def plan_exchange(
 
 
 @torch.no_grad()
-def plan_local(
-    mask_SBE: Tensor, rank: int, num_ranks: int, documents: Documents
-) -> tuple[Assignment, Tensor, Tensor]:
-    """The pairs of this rank's experts when every rank holds every token.
+def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tensor, Tensor]:
+    """The pairs of this rank's experts when the rank holds every token.
 
-    mask_SBE: bool, the same on every rank. Rows are the tokens themselves, so nothing moves.
+    mask_SBE: bool, of this rank's experts only. Rows are the tokens themselves, so nothing moves.
     Returns the assignment and, in its order, each pair's token and expert (int64).
     """
     length, batch, num_experts = mask_SBE.shape
-    num_local = num_experts // num_ranks
-    first = rank * num_local
-    mask_TE = mask_SBE.view(length * batch, num_experts)[:, first : first + num_local]
-    token_N, expert_N = mask_TE.nonzero(as_tuple=True)
+    token_N, expert_N = mask_SBE.flatten(0, 1).nonzero(as_tuple=True)
     assignment, order = sort_pairs(
         row_N=token_N,
         expert_N=expert_N,
         document_N=documents.number_SB[token_N // batch, token_N % batch],
         position_N=documents.position_SB[token_N // batch, token_N % batch],
         num_rows=length * batch,
-        num_experts=num_local,
+        num_experts=num_experts,
         num_documents=documents.count,
     )
-    return assignment, token_N[order], expert_N[order] + first
+    return assignment, token_N[order], expert_N[order]

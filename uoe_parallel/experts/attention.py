@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment
-from uoe_parallel.experts.backends import Backend
+from uoe_parallel.experts.backends import Backend, Keys
+from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.rotary import rotate
 from uoe_parallel.experts.slices import (
@@ -41,12 +43,16 @@ class DenseAttentionWeights:
 
 
 class SelectiveMultiHeadAttention(nn.Module):
-    """Causal attention cut into one expert per key/value head, spread over the tensor group.
+    """Attention cut into one expert per key/value head, spread over the tensor group.
 
-    Expert i projects and attends over its own selected tokens only, in sequence order, with
-    rotary angles of their original positions (arXiv 2503.02495, section 3, made causal). Its
-    slice of `qkv` holds the rows of its query heads, then its key, then its value head: the
-    order of Megatron's own grouped-query layout.
+    With `keys_and_values` "selected", expert i projects and attends over its own selected tokens
+    only, in sequence order, with rotary angles of their original positions (arXiv 2503.02495,
+    section 3, here causal or bidirectional). With "all", only queries are selected, and every head
+    has the keys and values of all tokens. A token attends within its document, which it takes the
+    position from; padding attends to nothing, and nothing to it.
+
+    Expert i's slice of `qkv` holds the rows of its query heads, then its key, then its value head:
+    the order of Megatron's own grouped-query layout.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class SelectiveMultiHeadAttention(nn.Module):
         num_kv_heads: int,
         *,
         rope_base: float,
+        causal: bool,
+        keys_and_values: Literal["selected", "all"],
         bias: bool,
         backend: Backend,
         config: ModelParallelConfig,
@@ -71,6 +79,8 @@ class SelectiveMultiHeadAttention(nn.Module):
         self.queries_per_expert = num_heads // num_kv_heads
         self.head_width = hidden_size // num_heads
         self.rope_base = rope_base
+        self.causal = causal
+        self.needs_all_rows = keys_and_values == "all"
         self.dropout = dropout
         self.backend = backend
         self.group = group
@@ -105,26 +115,80 @@ class SelectiveMultiHeadAttention(nn.Module):
         assignment: Assignment | None = None,
         *,
         documents: Documents,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Dense attention without its output bias, or the routed sum of this rank's experts.
 
-        Dense: x [S or S/P, B, D] to the same shape. Routed: x [R, D] with fp32 `gates_N` to
-        [R, D], each row the gated sum of its pairs' results.
+        Dense: x [S or S/P, B, D] to the same shape, `documents` of its sequences. Routed: x [R, D]
+        with fp32 `gates_N` to [R, D], each row the gated sum of its pairs' results; if it
+        `needs_all_rows`, R = S x B rows of all tokens of `documents`, by position.
+
+        With a cache, for tokens on every rank (R = S x B) and without gradients: an empty one is
+        filled; to another one, S = 1 token is added for each sequence, which sees what it holds.
         """
         if assignment is None or gates_N is None:
-            return self._dense(x)
-        counts_E = assignment.expert_counts_E
-        qkv_N = self.qkv(assignment.gather(x), counts_E, self.backend)
-        q_NHd, k_N1d, v_N1d = self._split(qkv_N)
+            return self._dense(x, documents, cache)
+        counts_E, keys = assignment.expert_counts_E, None
+        if self.needs_all_rows:
+            queries = slice(self.queries_per_expert * self.head_width)
+            q_NA = self.qkv(assignment.gather(x), counts_E, self.backend, queries)
+            q_NHd = q_NA.unflatten(-1, (-1, self.head_width))
+            k_Md, v_Md, lengths_G = self._all_keys_and_values(x, documents)
+            # All tokens of a document are keys, so a query's place among them is its position.
+            keys = Keys(lengths_G, assignment.position_N)
+        else:
+            qkv_N = self.qkv(assignment.gather(x), counts_E, self.backend)
+            q_NHd, k_N1d, v_N1d = self._split(qkv_N)
+            k_Md = rotate(k_N1d, assignment.position_N, self.rope_base).squeeze(1)
+            v_Md = v_N1d.squeeze(1)
         q_NHd = rotate(q_NHd, assignment.position_N, self.rope_base)
-        k_N1d = rotate(k_N1d, assignment.position_N, self.rope_base)
-        dropout = self.dropout if self.training else 0.0
-        with draw_from(Stream.RANK, dropout):  # other heads on every rank
-            attended_NHd = self.backend.causal_attention(
-                q_NHd, k_N1d.squeeze(1), v_N1d.squeeze(1), assignment.run_lengths_G, dropout
-            )
+        attended_NHd = self._attend(
+            q_NHd, k_Md, v_Md, assignment.run_lengths_G, keys, documents, cache
+        )
         gated = attended_NHd.flatten(1) * gates_N.to(x.dtype).unsqueeze(1)
         return assignment.sum_by_row(self.output(gated, counts_E, self.backend))
+
+    def _all_keys_and_values(
+        self, x_TD: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all tokens but padding for each expert: [M, d], sorted as an assignment's pairs, and
+        how many lie in each (expert, document)."""
+        row_M, lengths_C = documents.real_tokens
+        keys_and_values = slice(self.queries_per_expert * self.head_width, None)
+        kv_EM = self.qkv(x_TD.index_select(0, row_M), None, self.backend, keys_and_values)
+        k_EM1d, v_EM1d = kv_EM.unflatten(-1, (2, 1, -1)).unbind(-3)
+        position_M = documents.position_SB.flatten()[row_M]
+        k_EM1d = rotate(k_EM1d, position_M.expand(k_EM1d.shape[:2]), self.rope_base)
+        return k_EM1d.flatten(0, 2), v_EM1d.flatten(0, 2), lengths_C.repeat(len(kv_EM))
+
+    def _attend(
+        self,
+        q_NHd: Tensor,
+        k_Md: Tensor,
+        v_Md: Tensor,
+        lengths_G: Tensor,
+        keys: Keys | None,
+        documents: Documents,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Attention within (expert, document): [N, H, d]. lengths_G: queries of each, int64."""
+        if cache is not None:
+            adds_step = not cache.is_empty
+            key_lengths_G = lengths_G if keys is None else keys.lengths_G
+            cache.append(k_Md, v_Md, self._by_sequence(key_lengths_G, documents))
+            if adds_step:
+                assert len(documents.number_SB) == 1
+                run_N = torch.repeat_interleave(self._by_sequence(lengths_G, documents))
+                return self.backend.attention_to_kept(q_NHd, *cache.read(run_N))
+        dropout = self.dropout if self.training else 0.0
+        with draw_from(Stream.RANK, dropout):  # other heads on every rank
+            return self.backend.attention(
+                q_NHd, k_Md, v_Md, lengths_G, causal=self.causal, keys=keys, dropout=dropout
+            )
+
+    def _by_sequence(self, lengths_G: Tensor, documents: Documents) -> Tensor:
+        """Lengths by (expert, document) to lengths by (expert, sequence)."""
+        return documents.sum_by_sequence(lengths_G.view(-1, documents.count)).flatten()
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d]."""
@@ -132,22 +196,46 @@ class SelectiveMultiHeadAttention(nn.Module):
         q, k, v = heads.split((self.queries_per_expert, 1, 1), dim=-2)
         return q, k, v
 
-    def _dense(self, x: Tensor) -> Tensor:
+    def _dense(self, x: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
         qkv = self.qkv(x)  # [S, B, E x (H + 2) x d]
-        length, batch, _ = qkv.shape
-        q, k, v = self._split(
-            qkv.unflatten(-1, (-1, (self.queries_per_expert + 2) * self.head_width))
-        )
-        position = torch.arange(length, device=x.device).view(-1, 1, 1).expand(q.shape[:3])
+        qkv_SBE = qkv.unflatten(-1, (-1, (self.queries_per_expert + 2) * self.head_width))
+        if documents.one_each and cache is None:
+            return self.output(self._attend_sequences(qkv_SBE))
+        return self.output(self._attend_documents(qkv_SBE, documents, cache))
+
+    def _attend_sequences(self, qkv_SBE: Tensor) -> Tensor:
+        """Dense attention where each sequence is one document: [S, B, E x H x d]."""
+        length, batch = qkv_SBE.shape[:2]
+        q, k, v = self._split(qkv_SBE)
+        position = torch.arange(length, device=q.device).view(-1, 1, 1).expand(q.shape[:3])
         q = rotate(q, position, self.rope_base)
         k = rotate(k, position, self.rope_base)
         q, k, v = (t.flatten(2, 3).permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, d]
         dropout = self.dropout if self.training else 0.0
         with draw_from(Stream.RANK, dropout):
             attended = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True
+                q, k, v, dropout_p=dropout, is_causal=self.causal, enable_gqa=True
             )
-        return self.output(attended.permute(2, 0, 1, 3).reshape(length, batch, -1))
+        return attended.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _attend_documents(
+        self, qkv_SBE: Tensor, documents: Documents, cache: KeyValueCache | None
+    ) -> Tensor:
+        """The same by runs of documents' tokens, as in routed attention with all of them selected;
+        zero for padding."""
+        length, batch, num_experts, _ = qkv_SBE.shape
+        row_M, lengths_C = documents.real_tokens
+        qkv_EM = qkv_SBE.flatten(0, 1).index_select(0, row_M).transpose(0, 1)
+        position_EM = documents.position_SB.flatten()[row_M].expand(qkv_EM.shape[:2])
+        q, k, v = self._split(qkv_EM)
+        q = rotate(q, position_EM, self.rope_base)
+        k = rotate(k, position_EM, self.rope_base)
+        lengths_G = lengths_C.repeat(num_experts)
+        q_NHd, k_Nd, v_Nd = q.flatten(0, 1), k.flatten(0, 2), v.flatten(0, 2)
+        attended_NHd = self._attend(q_NHd, k_Nd, v_Nd, lengths_G, None, documents, cache)
+        attended_MA = attended_NHd.unflatten(0, (num_experts, -1)).transpose(0, 1).flatten(1)
+        rows_TA = attended_MA.new_zeros(length * batch, attended_MA.shape[1])
+        return rows_TA.index_copy(0, row_M, attended_MA).view(length, batch, -1)
 
     def load_dense(self, dense: DenseAttentionWeights) -> None:
         """Take this rank's heads of full dense weights."""

@@ -6,11 +6,22 @@ each other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Runs of keys that are not the queries' own rows."""
+
+    lengths_G: Tensor
+    """Keys of each run, int64: at least one where the run has queries."""
+    place_N: Tensor
+    """Place of each query among the keys of its run, int64."""
 
 
 class Backend(Protocol):
@@ -23,58 +34,149 @@ class Backend(Protocol):
         """
         ...
 
-    def causal_attention(
+    def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
+        """All rows times every slice: [E, N, M]."""
+        ...
+
+    def attention(
         self,
         q_NHd: Tensor,
-        k_Nd: Tensor,
-        v_Nd: Tensor,
+        k_Md: Tensor,
+        v_Md: Tensor,
         run_lengths_G: Tensor,
+        *,
+        causal: bool,
+        keys: Keys | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
-        """Attention within each run of rows, each row seeing itself and those before: [N, H, d].
+        """Attention within each run of rows: [N, H, d].
 
-        The H query heads of a row share its key and value. run_lengths_G: int64 with sum N.
-        dropout: the share of probabilities to zero, drawn from the default generator.
+        Every row is a query with a key and value, which its H heads share, unless there are `keys`
+        of another number M. If causal, a query sees the keys up to its own place, otherwise all of
+        its run. run_lengths_G: int64 queries of each run, with sum N. dropout: the share of
+        probabilities to zero, drawn from the default generator.
         """
+        ...
+
+    def attention_to_kept(
+        self, q_NHd: Tensor, k_NLd: Tensor, v_NLd: Tensor, lengths_N: Tensor
+    ) -> Tensor:
+        """Of each query to the first `lengths_N` (int64, not 0) of its own L keys: [N, H, d]."""
         ...
 
 
 class PaddedAttention:
-    """Attention by one call of torch's fused kernel over runs padded at their ends.
+    """Attention by torch's fused kernel, over runs padded at their ends.
 
-    A causal mask already hides a run's padding from its rows, so no mask is materialised and the
-    padding's own results are dropped.
+    Runs whose lengths are within a factor of two share a call, so that one long document or one
+    popular expert does not pad all the others.
     """
 
-    def causal_attention(
+    def attention(
         self,
         q_NHd: Tensor,
-        k_Nd: Tensor,
-        v_Nd: Tensor,
+        k_Md: Tensor,
+        v_Md: Tensor,
         run_lengths_G: Tensor,
+        *,
+        causal: bool,
+        keys: Keys | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
-        num_runs, (_, num_heads, width) = run_lengths_G.shape[0], q_NHd.shape
-        # At least one (padding) position, so that ranks without a row take the same path.
-        longest = max(1, int(run_lengths_G.max()))
-        run_N = torch.repeat_interleave(run_lengths_G)
-        start_G = run_lengths_G.cumsum(0) - run_lengths_G
-        within_N = torch.arange(run_N.shape[0], device=run_N.device) - start_G[run_N]
-        place_N = run_N * longest + within_N
+        key_lengths_G = run_lengths_G if keys is None else keys.lengths_G
+        # Runs without a row count as of one, so that ranks without any take the same path.
+        size_G = torch.maximum(run_lengths_G, key_lengths_G).clamp(min=1)
+        class_G = size_G.double().log2().ceil()
+        rows, results = [], []
+        for size_class in class_G.unique():
+            of_class_G = class_G == size_class
+            row_n = _rows_of(of_class_G, run_lengths_G)
+            row_m = row_n if keys is None else _rows_of(of_class_G, key_lengths_G)
+            result = _attend_padded(
+                q_NHd.index_select(0, row_n),
+                k_Md.index_select(0, row_m),
+                v_Md.index_select(0, row_m),
+                _Padding(run_lengths_G[of_class_G]),
+                _Padding(key_lengths_G[of_class_G]),
+                causal=causal,
+                place_N=None if keys is None else keys.place_N[row_n],
+                dropout=dropout,
+            )
+            rows.append(row_n)
+            results.append(result)
+        return torch.empty_like(q_NHd).index_copy(0, torch.cat(rows), torch.cat(results))
 
-        def pad(x: Tensor) -> Tensor:  # [N, h, d] -> [G, h, longest, d]
-            padded = x.new_zeros(num_runs * longest, *x.shape[1:]).index_copy(0, place_N, x)
-            return padded.view(num_runs, longest, *x.shape[1:]).transpose(1, 2)
-
-        # Keys and values are expanded, not copied, to the query heads that share them.
-        shape = (num_runs, num_heads, longest, width)
-        k_GHSd = pad(k_Nd.unsqueeze(1)).expand(shape)
-        v_GHSd = pad(v_Nd.unsqueeze(1)).expand(shape)
-        out_GHSd = F.scaled_dot_product_attention(
-            pad(q_NHd), k_GHSd, v_GHSd, dropout_p=dropout, is_causal=True
+    def attention_to_kept(
+        self, q_NHd: Tensor, k_NLd: Tensor, v_NLd: Tensor, lengths_N: Tensor
+    ) -> Tensor:
+        places_L = torch.arange(k_NLd.shape[1], device=k_NLd.device)
+        kept_NL = places_L < lengths_N.unsqueeze(1)
+        # To the kernel the heads, which share keys, are rows of one head.
+        out_N1Hd = F.scaled_dot_product_attention(
+            q_NHd.unsqueeze(1),
+            k_NLd.unsqueeze(1),
+            v_NLd.unsqueeze(1),
+            attn_mask=kept_NL[:, None, None],
         )
-        out = out_GHSd.transpose(1, 2).reshape(num_runs * longest, num_heads, width)
-        return out.index_select(0, place_N)
+        return out_N1Hd.squeeze(1)
+
+
+class _Padding:
+    """Where the rows of runs lie when each run is padded to the longest, which is at least one."""
+
+    def __init__(self, lengths_G: Tensor) -> None:
+        self.lengths_G = lengths_G
+        self.longest = max(1, int(lengths_G.max()))
+        run_N = torch.repeat_interleave(lengths_G)
+        first_G = lengths_G.cumsum(0) - lengths_G
+        within_N = torch.arange(len(run_N), device=run_N.device) - first_G[run_N]
+        self.place_N = run_N * self.longest + within_N
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, ...] to [G, longest, ...], with zeros as padding."""
+        shape = (len(self.lengths_G), self.longest)
+        padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, self.place_N, x)
+        return padded.unflatten(0, shape)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The inverse of `pad`, padding dropped."""
+        return x.flatten(0, 1).index_select(0, self.place_N)
+
+
+def _rows_of(chosen_G: Tensor, lengths_G: Tensor) -> Tensor:
+    """The rows of chosen runs, int64."""
+    return torch.repeat_interleave(chosen_G, lengths_G).nonzero().squeeze(1)
+
+
+def _attend_padded(
+    q_NHd: Tensor,
+    k_Md: Tensor,
+    v_Md: Tensor,
+    queries: _Padding,
+    keys: _Padding,
+    *,
+    causal: bool,
+    place_N: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """One call of the kernel; `place_N` as in `Keys`, None if the keys are the queries' rows."""
+    q_GHQd = queries.pad(q_NHd).transpose(1, 2)
+    # Keys and values are expanded, not copied, to the query heads that share them.
+    shape = (*q_GHQd.shape[:2], keys.longest, q_GHQd.shape[3])
+    k_GHKd, v_GHKd = (keys.pad(x).unsqueeze(1).expand(shape) for x in (k_Md, v_Md))
+    mask = None
+    places_K = torch.arange(keys.longest, device=q_NHd.device)
+    if not causal:
+        # Padding queries of an empty run see its first padding: no row may see nothing.
+        lengths_G111 = keys.lengths_G.clamp(min=1).view(-1, 1, 1, 1)
+        mask = places_K < lengths_G111
+    elif place_N is not None:
+        mask = places_K <= queries.pad(place_N)[:, None, :, None]
+    # Otherwise a causal mask hides a run's padding from its rows: none is materialised.
+    out_GHQd = F.scaled_dot_product_attention(
+        q_GHQd, k_GHKd, v_GHKd, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+    )
+    return queries.unpad(out_GHQd.transpose(1, 2))
 
 
 class LoopBackend(PaddedAttention):
@@ -83,6 +185,10 @@ class LoopBackend(PaddedAttention):
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         blocks = x_NK.split(counts_E.tolist())
         return torch.cat([x @ w for x, w in zip(blocks, w_EKM, strict=True)])
+
+    def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
+        # Not by one broadcast product, whose gradient of x would be made for each slice at once.
+        return torch.stack([x_NK @ w for w in w_EKM])
 
 
 class GroupedBackend(LoopBackend):
@@ -101,29 +207,38 @@ class GroupedBackend(LoopBackend):
 class FlashBackend(GroupedBackend):
     """Grouped products and variable-length flash attention: half precision on CUDA."""
 
-    def causal_attention(
+    def attention(
         self,
         q_NHd: Tensor,
-        k_Nd: Tensor,
-        v_Nd: Tensor,
+        k_Md: Tensor,
+        v_Md: Tensor,
         run_lengths_G: Tensor,
+        *,
+        causal: bool,
+        keys: Keys | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
-        if dropout > 0:  # the variable-length kernel has none
-            return super().causal_attention(q_NHd, k_Nd, v_Nd, run_lengths_G, dropout)
+        # The variable-length kernel has no dropout, and no mask for queries with gaps between them.
+        if dropout > 0 or (causal and keys is not None):
+            return super().attention(
+                q_NHd, k_Md, v_Md, run_lengths_G, causal=causal, keys=keys, dropout=dropout
+            )
         from torch.nn.attention.varlen import varlen_attn
 
-        starts = F.pad(run_lengths_G.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(run_lengths_G.max())
+        key_lengths_G = run_lengths_G if keys is None else keys.lengths_G
+        starts, key_starts = (
+            F.pad(lengths_G.cumsum(0), (1, 0)).to(torch.int32)
+            for lengths_G in (run_lengths_G, key_lengths_G)
+        )
         out = varlen_attn(
             q_NHd,
-            k_Nd.unsqueeze(1),
-            v_Nd.unsqueeze(1),
+            k_Md.unsqueeze(1),
+            v_Md.unsqueeze(1),
             starts,
-            starts,
-            longest,
-            longest,
-            window_size=(-1, 0),
+            key_starts,
+            int(run_lengths_G.max()),
+            int(key_lengths_G.max()),
+            window_size=(-1, 0) if causal else (-1, -1),
             enable_gqa=True,
         )
         assert isinstance(out, Tensor)
@@ -131,13 +246,14 @@ class FlashBackend(GroupedBackend):
 
 
 class ReferenceBackend:
-    """Every row on its own, in products whose shapes depend on nothing but the rows before it.
+    """Every row on its own, in products whose shapes depend on nothing but what the row sees.
 
     A matrix product's rounding depends on its number of rows; here no bit of a row's result can
-    depend on a later row or on another sequence, without dropout. For tests: slow, plain, exact.
+    depend on another sequence or document, nor in causal attention on a later row, without dropout.
+    For tests: slow, plain, exact.
     """
 
-    # Both begin with a block of no rows that hangs on every input: a rank without a row must
+    # All begin with a block of no rows that hangs on every input: a rank without a row must
     # still meet the others in the exchanges of the backward pass.
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
@@ -145,25 +261,49 @@ class ReferenceBackend:
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
         return torch.cat([x_NK[:0] @ w_EKM.sum(0), *rows])
 
-    def causal_attention(
+    def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
+        rows = [x_NK[i : i + 1] @ w_EKM for i in range(len(x_NK))]
+        return torch.cat([x_NK[:0] @ w_EKM, *rows], dim=1)
+
+    def attention(
         self,
         q_NHd: Tensor,
-        k_Nd: Tensor,
-        v_Nd: Tensor,
+        k_Md: Tensor,
+        v_Md: Tensor,
         run_lengths_G: Tensor,
+        *,
+        causal: bool,
+        keys: Keys | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
-        rows = [q_NHd[:0] * (k_Nd[:0] + v_Nd[:0]).unsqueeze(1)]
-        start = 0
-        for length in run_lengths_G.tolist():
-            for i in range(start, start + length):
-                k_Kd, v_Kd = k_Nd[start : i + 1], v_Nd[start : i + 1]
-                scores_HK = torch.stack([(k_Kd * q_d).sum(-1) for q_d in q_NHd[i]])
-                weights_HK = (scores_HK * q_NHd.shape[-1] ** -0.5).softmax(-1)
-                weights_HK = F.dropout(weights_HK, dropout)
-                rows.append((weights_HK.unsqueeze(-1) * v_Kd).sum(1, keepdim=True).transpose(0, 1))
-            start += length
+        key_lengths = (run_lengths_G if keys is None else keys.lengths_G).tolist()
+        rows = [q_NHd[:0] * (k_Md[:0] + v_Md[:0]).sum(0)]
+        row = first = 0
+        for length, num_keys in zip(run_lengths_G.tolist(), key_lengths, strict=True):
+            for place in range(length):
+                if keys is not None:
+                    place = int(keys.place_N[row])
+                seen = slice(first, first + (place + 1 if causal else num_keys))
+                rows.append(_attend_row(q_NHd[row], k_Md[seen], v_Md[seen], dropout))
+                row += 1
+            first += num_keys
         return torch.cat(rows)
+
+    def attention_to_kept(
+        self, q_NHd: Tensor, k_NLd: Tensor, v_NLd: Tensor, lengths_N: Tensor
+    ) -> Tensor:
+        rows = [
+            _attend_row(q_NHd[i], k_NLd[i, :length], v_NLd[i, :length], 0.0)
+            for i, length in enumerate(lengths_N.tolist())
+        ]
+        return torch.cat([q_NHd[:0], *rows])
+
+
+def _attend_row(q_Hd: Tensor, k_Kd: Tensor, v_Kd: Tensor, dropout: float) -> Tensor:
+    """Of one row to all keys: [1, H, d]."""
+    scores_HK = torch.stack([(k_Kd * q_d).sum(-1) for q_d in q_Hd])
+    weights_HK = F.dropout((scores_HK * q_Hd.shape[-1] ** -0.5).softmax(-1), dropout)
+    return (weights_HK.unsqueeze(-1) * v_Kd).sum(1).unsqueeze(0)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:

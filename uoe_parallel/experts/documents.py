@@ -7,6 +7,7 @@ packed beside it in the same row does not exist for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,10 +59,50 @@ class Documents:
             real_SB=ids_SB >= 0,
         )
 
+    @classmethod
+    def step(cls, position_B: Tensor) -> Documents:
+        """A token for each sequence, which goes on its one document at place `position_B`, int64.
+
+        For decoding with a cache: what is before the token is not here.
+        """
+        number_B = torch.arange(len(position_B), device=position_B.device)
+        return cls(number_B.unsqueeze(0), position_B.unsqueeze(0), count=len(position_B))
+
     @property
     def shape(self) -> torch.Size:
         """(S, B)."""
         return self.number_SB.shape
+
+    @property
+    def last_B(self) -> Tensor:
+        """int64: the place of each sequence's last token that is no padding, where each is one
+        document with padding behind it."""
+        length, batch = self.shape
+        if self.real_SB is None:
+            return torch.full((batch,), length - 1, device=self.number_SB.device)
+        return self.real_SB.sum(0) - 1
+
+    @cached_property
+    def real_tokens(self) -> tuple[Tensor, Tensor]:
+        """Place s * B + b of each token that is no padding, document after document, and the
+        number of such tokens of each document, int64 [count]."""
+        length, batch = self.shape
+        number_BS = self.number_SB.transpose(0, 1)
+        row_BS = torch.arange(length * batch, device=number_BS.device).view(self.shape).t()
+        real_BS = torch.ones_like(row_BS, dtype=torch.bool)
+        if self.real_SB is not None:
+            real_BS = self.real_SB.transpose(0, 1)
+        return row_BS[real_BS], torch.bincount(number_BS[real_BS], minlength=self.count)
+
+    def sum_by_sequence(self, lengths_EC: Tensor) -> Tensor:
+        """Of a count for each of E experts and each document, the sum for each sequence: [E, B]."""
+        length, batch = self.shape
+        sequence_SB = torch.arange(batch, device=self.number_SB.device).expand(length, batch)
+        sequence_C = torch.empty_like(lengths_EC[0]).scatter_(
+            0, self.number_SB.flatten(), sequence_SB.flatten()
+        )
+        sums_EB = lengths_EC.new_zeros(len(lengths_EC), batch)
+        return sums_EB.index_add(1, sequence_C, lengths_EC)
 
     @property
     def first_SB(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
+from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.slices import (
     InitMethod,
@@ -45,6 +46,8 @@ class UnionOfMLPExperts(nn.Module):
 
     Raises nothing of its own: sizes are checked with the config.
     """
+
+    needs_all_rows = False
 
     def __init__(
         self,
@@ -98,12 +101,13 @@ class UnionOfMLPExperts(nn.Module):
         assignment: Assignment | None = None,
         *,
         documents: Documents | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The dense block without its output bias, or the routed sum of this rank's experts.
 
         Dense: x [S or S/P, B, D] to the same shape. Routed: x [R, D] with fp32 `gates_N` to
         [R, D], each row the gated sum of its pairs' results. What else is in a token's document
-        makes no difference.
+        makes no difference, so there is nothing to keep of it either.
         """
         if assignment is None or gates_N is None:
             return self.fc2(self._activate(self.fc1(x)))

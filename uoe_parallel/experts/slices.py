@@ -2,8 +2,8 @@
 
 A tensor rank's shard of the weight holds the slices of its experts, one after the other, so the
 union of all experts is the dense linear with the very same parameter. Called with row counts
-they multiply each expert's rows by its slice; called without, they are Megatron's dense linears
-with Megatron's communication.
+they multiply each expert's rows by its slice; called without a backend, they are Megatron's dense
+linears with Megatron's communication.
 """
 
 from __future__ import annotations
@@ -51,21 +51,33 @@ class SlicedColumnParallelLinear(ColumnParallelLinear):
         self.num_local_slices = num_slices // group.size()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, counts_E: Tensor | None = None, backend: Backend | None = None
+        self,
+        x: Tensor,
+        counts_E: Tensor | None = None,
+        backend: Backend | None = None,
+        columns: slice = slice(None),
     ) -> Tensor:
-        """Dense: x [S or S/P, B, D] to [S, B, width of this rank].
+        """Dense, without a backend: x [S or S/P, B, D] to [S, B, width of this rank].
 
         Sliced: x [N, D], rows sorted by expert with `counts_E` of each, to [N, slice width].
+        Without counts every row is multiplied by every slice: [slices, N, slice width].
+        `columns` are the part of each slice's width that is wanted.
         """
-        if counts_E is None or backend is None:
+        if backend is None:
             return super().forward(x)[0]
         with _released_with(self.weight):
-            w_EDM = self.weight.view(self.num_local_slices, -1, x.shape[1]).transpose(1, 2)
-            y_NM = backend.products(x, w_EDM, counts_E)
+            weight_EMD = self.weight.view(self.num_local_slices, -1, x.shape[1])[:, columns]
+            w_EDM = weight_EMD.transpose(1, 2)
+            if counts_E is None:
+                y = backend.all_products(x, w_EDM)
+            else:
+                y = backend.products(x, w_EDM, counts_E)
         if self.bias is None:
-            return y_NM
-        b_EM = self.bias.view(self.num_local_slices, -1)
-        return y_NM + torch.repeat_interleave(b_EM, counts_E, dim=0, output_size=x.shape[0])
+            return y
+        b_EM = self.bias.view(self.num_local_slices, -1)[:, columns]
+        if counts_E is None:
+            return y + b_EM.unsqueeze(1)
+        return y + torch.repeat_interleave(b_EM, counts_E, dim=0, output_size=x.shape[0])
 
 
 class SlicedRowParallelLinear(RowParallelLinear):

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.dispatch.dispatcher import run_replicated, run_sharded
+from uoe_parallel.dispatch.dispatcher import run_gathered, run_replicated, run_sharded
 from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.context import Context
 from uoe_parallel.parallel import comm
 from uoe_parallel.routing.balance import Load
 from uoe_parallel.routing.balance.z_loss import z_loss
 from uoe_parallel.routing.level import Decision, Level, UnitScores
+from uoe_parallel.routing.memory import follow, remember
 from uoe_parallel.routing.router import Router, Routing
 from uoe_parallel.routing.statistics import RoutingStatistics
 from uoe_parallel.routing.tape import RouteTape
@@ -30,6 +32,8 @@ class Union(Protocol):
     """Experts whose union is one dense block, such as `UnionOfMLPExperts`."""
 
     num_experts: int
+    needs_all_rows: bool
+    """Whether the experts of a rank need the rows of all tokens, also of those they do not take."""
 
     @property
     def output_bias(self) -> Tensor | None: ...
@@ -41,6 +45,7 @@ class Union(Protocol):
         assignment: Assignment | None = None,
         *,
         documents: Documents,
+        cache: KeyValueCache | None = None,
     ) -> Tensor: ...
 
 
@@ -73,7 +78,8 @@ class DenseBlock(nn.Module):
 
     def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         """[S or S/P, B, D] to the same shape."""
-        return self.add_bias(self.experts(x_SBD, documents=context.documents))
+        cache = context.cache_of(self)
+        return self.add_bias(self.experts(x_SBD, documents=context.documents, cache=cache))
 
     def add_bias(self, y_SBD: Tensor) -> Tensor:
         """Add the union's one output bias: once, whatever the routing."""
@@ -130,7 +136,7 @@ class RoutedBlock(DenseBlock):
 
     def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
-        decisions = self._decide(x_SBD, context.documents)
+        decisions = self._decide(x_SBD, context)
         routing = self._routing(decisions, context.documents)
         y_SBD = self.add_bias(self._run(x_SBD, routing, context))
         # Also the first of two passes when a layer is recomputed: losses and statistics are the
@@ -140,21 +146,57 @@ class RoutedBlock(DenseBlock):
         return _AttachLoss.apply(y_SBD, self._losses(decisions, routing, context.documents))
 
     def _run(self, x_SBD: Tensor, routing: Routing, context: Context) -> Tensor:
-        is_wide = self.expert_group.size() > self.group.size()
-        documents = context.expert_group if is_wide else context.documents
-        experts, group = partial(self.experts, documents=documents), self.expert_group
+        experts: Union = self.experts  # pyright: ignore[reportAssignmentType]
+        group = self.expert_group
         if not self.spreads_tokens:
-            return run_replicated(x_SBD, routing, experts, group, documents)
-        return run_sharded(x_SBD, routing, experts, group, self.group.size(), documents)
+            cache = context.cache_of(self)
+            replicated = partial(experts, documents=context.documents, cache=cache)
+            return run_replicated(x_SBD, routing, replicated, group, context.documents)
+        assert context.memory is None, "decoding has tokens on every rank"
+        is_wide = group.size() > self.group.size()
+        documents = context.expert_group if is_wide else context.documents
+        run = run_gathered if experts.needs_all_rows else run_sharded
+        spread = partial(experts, documents=documents)
+        return run(x_SBD, routing, spread, group, self.group.size(), documents)
 
-    def _decide(self, x_SBD: Tensor, documents: Documents) -> list[Decision]:
+    def _decide(self, x_SBD: Tensor, context: Context) -> list[Decision]:
         """What each level chose among what the one before it left."""
         decisions: list[Decision] = []
         for name, level in self.router.levels.items():
-            judged = self._judge(level, self.get_parameter(name), x_SBD, documents)
+            weight = self.get_parameter(name)
             allowed_SBE = decisions[-1].mask_SBE if decisions else None
-            decisions.append(self._choose(level, judged, allowed_SBE))
+            if context.memory is None:
+                judged = self._judge(level, weight, x_SBD, context.documents)
+                decision = self._choose(level, judged, allowed_SBE)
+            else:
+                decision = self._decode(level, weight, x_SBD, context, allowed_SBE)
+            decisions.append(decision)
         return decisions
+
+    def _decode(
+        self,
+        level: Level,
+        weight: Tensor,
+        x_SBD: Tensor,
+        context: Context,
+        allowed_SBE: Tensor | None,
+    ) -> Decision:
+        """A decision that is remembered for the tokens that follow, or one for such a token."""
+        assert context.memory is not None and self.num_shards == 1
+        memory, documents = context.memory, context.documents
+        token_scores_SBE = self._scores(x_SBD, weight)
+        units, memories = level.units(documents), memory.of(self).levels
+        if memory.is_empty:
+            judged = level.summarise(token_scores_SBE, units)
+            decision = self._choose(level, judged, allowed_SBE)
+            memories[level] = remember(token_scores_SBE, decision, documents.last_B)
+        else:
+            (position_B,), (scores_BE,) = documents.position_SB, token_scores_SBE
+            allowed_BE = None if allowed_SBE is None else allowed_SBE[0]
+            decision, memories[level] = follow(
+                level, memories[level], scores_BE, position_B, allowed_BE, units
+            )
+        return decision
 
     def _judge(
         self, level: Level, weight: Tensor, x_SBD: Tensor, documents: Documents

@@ -70,6 +70,8 @@ class LayerBuilder:
             model.num_heads,
             model.kv_heads,
             rope_base=model.rope_base,
+            causal=model.causal,
+            keys_and_values=self.config.attention.keys_and_values,
             bias=model.bias,
             backend=self.backend,
             config=self.megatron,

@@ -76,6 +76,12 @@ def all_to_all(
     return mappings.all_to_all(group, rows, receive_counts, send_counts)
 
 
+def sum_shards(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over `group` of [S, ...], of which each rank gets its shard [S/P, ...]. Gradients are
+    gathered."""
+    return mappings.reduce_scatter_to_sequence_parallel_region(x, group=group)
+
+
 def exchange_counts(counts_P: Tensor, group: ProcessGroup) -> Tensor:
     """Tell each rank p the row `counts_P[p]`; returns the rows that the others sent here.
 

@@ -31,9 +31,7 @@ class LevelMemory:
     """int64: tokens in these sums."""
 
 
-def remember(
-    level: Level, token_scores_SBE: Tensor, decision: Decision, last_B: Tensor
-) -> LevelMemory:
+def remember(token_scores_SBE: Tensor, decision: Decision, last_B: Tensor) -> LevelMemory:
     """After whole documents, one a sequence. last_B: int64, the place of each one's last token."""
     units = decision.judged.units
     rows_B = torch.arange(len(last_B), device=last_B.device)
