@@ -100,6 +100,35 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "deepspeed": {"zero_optimization": NEVER_KEPT},
         },
     ),
+    "tp2-sp rules": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "feed_forward": {"patch_length": 3, "capacity_factor": 1.0, "shared_experts": 1},
+            "attention": {
+                **{"segment_length": 4, "segment_experts": 3, "patch_length": 2},
+                **{"selection": "threshold", "threshold_warmup": 0},
+            },
+            "training": ONE_SEQUENCE,
+        },
+    ),
+    "tp2-dp2 rules": (
+        4,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 0, "sequence_parallel": False},
+            "feed_forward": {"balance": ["bias", "batch_loss"]},
+            "attention": {"segment_length": 4, "segment_experts": 3, "selection": None},
+        },
+    ),
+    "tp2-sp-dp2-ep4 rules": (
+        4,
+        {
+            "parallel": {"tensor": 2, "expert": 4, "zero_stage": 1},
+            "feed_forward": {"balance": ["bias", "batch_loss"], "capacity_factor": 1.0},
+            "attention": {"spread": "expert", "selection": "threshold"},
+            "training": ONE_SEQUENCE | RECOMPUTE,
+        },
+    ),
     "tp2-sp-dp2-ep4 recomputed": (
         4,
         {

@@ -176,9 +176,9 @@ def _write_classes(folder: Path) -> Path:
     )
     random = np.random.default_rng(1)
     for split, count in (("train", 400), ("validation", 64), ("test", 64)):
-        documents = [
-            random.integers(0, 2, size) + 65 for size in 2 * random.integers(2, 8, count) + 1
-        ]
+        lengths = 2 * random.integers(2, 8, count) + 1
+        shares = random.choice([0.2, 0.8], count)
+        documents = [65 + random.binomial(1, p, n) for p, n in zip(shares, lengths, strict=True)]
         labels = [int(ids.mean() > 65.5) for ids in documents]
         write_labelled_documents(folder / split, documents, labels)
     return path

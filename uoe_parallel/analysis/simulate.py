@@ -153,8 +153,9 @@ def sample_exchanges(
     def sample(name: str, block: RoutedBlock) -> ExchangeSizes:
         return sample_exchange(
             tokens=tokens,
-            num_experts=block.router_weight.shape[0],
-            top_k=block.routing.top_k,
+            num_experts=block.router.num_experts,
+            top_k=block.routing.chosen_experts,
+            shared=block.router.shared,
             rank=block.expert_group.rank(),
             num_ranks=block.expert_group.size(),
             seed=seed,

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
+from uoe_parallel.config.routing_checks import is_routed, kv_fields, routing_fits
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 
 Rule = Callable[[RunConfig], Iterable[Fault]]
-
-_KV_FIELDS = ("model.num_kv_heads", "model.num_heads")
 
 
 def _divides(
@@ -49,16 +48,6 @@ def _divisor(value: int, near: int) -> int:
     )
 
 
-def _routed(routing: RoutingConfig) -> bool:
-    return routing.routed_layers not in ("none", [])
-
-
-def _kv_fields(config: RunConfig) -> tuple[str, str]:
-    """The fields that give the number of key/value heads, the one that decides first."""
-    explicit, implied = _KV_FIELDS
-    return (implied, explicit) if config.model.num_kv_heads is None else (explicit, implied)
-
-
 def heads_split_hidden(config: RunConfig) -> Iterator[Fault]:
     """Heads have one whole, even width: rotary positions turn pairs of elements."""
     model = config.model
@@ -80,7 +69,8 @@ def kv_heads_split_heads(config: RunConfig) -> Iterator[Fault]:
     if model.num_heads % model.kv_heads:
         problem = f"does not divide model.num_heads = {model.num_heads}"
         mend = f"use {_divisor(model.num_heads, model.kv_heads)}"
-        yield Fault(_KV_FIELDS, model.kv_heads, problem, mend)
+        fields = ("model.num_kv_heads", "model.num_heads")
+        yield Fault(fields, model.kv_heads, problem, mend)
 
 
 def experts_split_ffn(config: RunConfig) -> Iterator[Fault]:
@@ -89,30 +79,13 @@ def experts_split_ffn(config: RunConfig) -> Iterator[Fault]:
     yield from _divides("model.ffn_size", size, "feed_forward.num_experts", experts)
 
 
-def feed_forward_top_k(config: RunConfig) -> Iterator[Fault]:
-    experts = config.feed_forward.num_experts
-    yield from _top_k("feed_forward", config.feed_forward, experts, "feed_forward.num_experts")
-
-
-def attention_top_k(config: RunConfig) -> Iterator[Fault]:
-    """The experts of attention are its key/value heads."""
-    yield from _top_k("attention", config.attention, config.model.kv_heads, *_kv_fields(config))
-
-
-def _top_k(name: str, routing: RoutingConfig, experts: int, *fields: str) -> Iterator[Fault]:
-    if _routed(routing) and routing.top_k > experts:
-        problem = f"is more than the number of experts, {fields[0]} = {experts}"
-        used = (f"{name}.top_k", f"{name}.routed_layers", *fields)
-        yield Fault(used, routing.top_k, problem, f"use at most {experts}")
-
-
 def ranks_split_experts(config: RunConfig) -> Iterator[Fault]:
     experts = config.feed_forward.num_experts
     yield from _ranks_split("feed_forward.num_experts", experts, "feed_forward", config)
 
 
 def ranks_split_kv_heads(config: RunConfig) -> Iterator[Fault]:
-    field, other = _kv_fields(config)
+    field, other = kv_fields(config)
     yield from _ranks_split(field, config.model.kv_heads, "attention", config, other)
 
 
@@ -123,7 +96,7 @@ def _ranks_split(
     routing: RoutingConfig = getattr(config, kind)
     parallel = config.parallel
     yield from _divides(field, experts, "parallel.tensor", parallel.tensor, *others)
-    wide = parallel.expert is not None and routing.spread == "expert" and _routed(routing)
+    wide = parallel.expert is not None and routing.spread == "expert" and is_routed(routing)
     if wide and experts % parallel.tensor == 0:
         used = ("parallel.tensor", f"{kind}.spread", f"{kind}.routed_layers", *others)
         yield from _divides(field, experts, "parallel.expert", parallel.expert_size, *used)
@@ -319,8 +292,7 @@ RULES: tuple[Rule, ...] = (
     heads_split_hidden,
     kv_heads_split_heads,
     experts_split_ffn,
-    feed_forward_top_k,
-    attention_top_k,
+    routing_fits,
     *PARALLEL_RULES,
     feed_forward_layers,
     attention_layers,

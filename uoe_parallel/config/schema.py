@@ -33,17 +33,17 @@ class RoutingConfig(Section):
     top_k: PositiveInt = 2
     """Experts that a patch visits beside the shared ones: exactly so many with top_k, on average
     with threshold and expert_choice."""
-    selection: str = "top_k"
-    """Which experts take which patches: top_k, threshold, expert_choice (bidirectional models), or
-    all, which leaves the choice to the segments' expert selection."""
+    selection: str | None = "top_k"
+    """Which patches visit which experts: top_k, threshold or, in bidirectional models,
+    expert_choice. null leaves the choice to the segments."""
     patch_length: PositiveInt = 1
     """Neighbouring tokens of a document that are routed as one."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """Most patches of a document that an expert takes, over its even share of a whole context,
     top_k / experts: what comes later is dropped. null drops nothing."""
     segment_length: PositiveInt | None = None
-    """Tokens of a segment, a multiple of patch_length. Each keeps segment_experts of the experts,
-    before patches choose among these: in a causal model by the mean of the segment before it."""
+    """Tokens of a segment, a multiple of patch_length. Segments keep segment_experts of the experts
+    before patches choose among these; in a causal model by the mean of the segment before."""
     segment_experts: PositiveInt | None = None
     """Experts that a segment keeps, shared ones not counted; null switches this selection off."""
     shared_experts: NonNegativeInt = 0
@@ -52,7 +52,7 @@ class RoutingConfig(Section):
     """What a chosen expert's result is multiplied by: sigmoid, softmax, softmax_of_chosen, relu."""
     balance: list[str] | None = None
     """Rules that keep experts evenly used: sequence_loss, batch_loss, bias. null means
-    [sequence_loss] where patches choose (top_k, all), and none where the selection balances."""
+    [sequence_loss], but none for threshold and expert_choice, which balance by themselves."""
     balance_loss: NonNegativeFloat = 0.01
     """Weight of the load-balance losses, summed over routed layers."""
     z_loss: NonNegativeFloat = 0.001
@@ -68,6 +68,14 @@ class RoutingConfig(Section):
     spread: Literal["tensor", "expert"] = "tensor"
     """The ranks that share the experts of a routed block: those of a tensor group, or those of an
     expert group (parallel.expert), which may reach over data-parallel ranks."""
+
+    @property
+    def chosen_experts(self) -> int:
+        """Experts that a token visits beside the shared ones, on average and without drops."""
+        if self.selection is not None:
+            return self.top_k
+        assert self.segment_experts is not None
+        return self.segment_experts
 
     def routes(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is routed."""

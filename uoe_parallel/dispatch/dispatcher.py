@@ -28,8 +28,9 @@ def run_sharded(
     """Tokens spread over the ranks: rows travel to the experts and sums travel back.
 
     x_SBD: this rank's tokens, one of `num_shards` shards of its sequences. `documents`: of all
-    sequences of the group, run of `num_shards` ranks after run. Each row crosses to a rank at most once, however many of its experts live there; those add their results up before
-    the one row returns. Collective over the group, forward and backward, also for ranks without a
+    sequences of the group, run of `num_shards` ranks after run. Each row crosses to a rank at most
+    once, however many of its experts live there; those add their results up before the one row
+    returns. Collective over the group, forward and backward, also for ranks without a
     token.
     """
     plan = plan_exchange(routing.mask_SBE, group, num_shards, documents)

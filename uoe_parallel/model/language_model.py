@@ -27,6 +27,7 @@ from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
+from uoe_parallel.routing.router import Router
 
 
 class LayerBuilder:
@@ -122,19 +123,25 @@ class LayerBuilder:
             for param in experts.parameters():
                 if partition_dim(param) is not None:
                     mark_wide(param, expert_group)
+        router = Router(
+            routing,
+            num_experts=num_experts,
+            context=self.config.model.sequence_length,
+            causal=self.config.model.causal,
+        )
+        router_std = self.config.model.router_init_std
         return RoutedBlock(
             experts,
             routing,
+            router,
             hidden_size=self.config.model.hidden_size,
-            num_experts=num_experts,
             dtype=self.dtype,
-            router_init=self.init.normal(
-                f"layers.{layer}.{kind}.router", self.config.model.router_init_std
-            ),
+            router_init=lambda name: self.init.normal(f"layers.{layer}.{kind}.{name}", router_std),
             loss_weight_per_sequence=self.groups.layout.data
             / self.config.training.global_batch_size,
             group=tensor,
             expert_group=expert_group,
+            data_group=self.groups.data,
             sequence_parallel=sequence_parallel,
         )
 
@@ -256,10 +263,16 @@ class LanguageModel(nn.Module):
             x = self.embedding(x)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = micro_batch_context(shape, documents_BS, self.groups, x.device)
+        context = self.context(shape, documents_BS, x.device)
         for layer in self.layers.values():
             x = layer(x, context)
         return x
+
+    def context(
+        self, shape_BS: tuple[int, int], documents_BS: Tensor | None, device: torch.device
+    ) -> Context:
+        """What the layers need to know of a micro-batch of this shape."""
+        return micro_batch_context(shape_BS, documents_BS, self.groups, device)
 
     def logits(self, x_SBD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P] of tokens, [B, C] of

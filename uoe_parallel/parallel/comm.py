@@ -59,6 +59,12 @@ def gather_last_dim(x: Tensor, group: ProcessGroup) -> Tensor:
     return mappings.gather_from_tensor_model_parallel_region(x, group=group)
 
 
+def gather_sequence(shard: Tensor, group: ProcessGroup) -> Tensor:
+    """The shards [S/P, ...] of all ranks as [S, ...] on each. Every rank may use another part of
+    it: their gradients are summed and scattered."""
+    return mappings.gather_from_sequence_parallel_region(shard.contiguous(), group=group)
+
+
 def all_to_all(
     rows: Tensor, receive_counts: list[int], send_counts: list[int], group: ProcessGroup
 ) -> Tensor:

@@ -26,6 +26,7 @@ from uoe_parallel.parallel.sharding import is_wide
 from uoe_parallel.training.clipping import GradientClipper
 from uoe_parallel.training.evaluation import Evaluation
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
+from uoe_parallel.training.routing_state import move_rules
 from uoe_parallel.training.state import base_optimizer, create_moments
 from uoe_parallel.training.timers import StepTimer
 
@@ -120,6 +121,8 @@ class TrainingEngine:
         scale = self.groups.layout.data / valid_labels
         rate = set_learning_rates(self.deepspeed.optimizer, step, self.config.training)
         loss, stepped = self._take_step(batches, scale, valid_labels, timer)
+        if stepped:
+            move_rules(self.model.routed_blocks(), self.groups, self.device)
         return loss, self.clipper.norm if stepped else math.nan, rate
 
     def _take_step(
