@@ -72,7 +72,7 @@ def _live(config: RunConfig, crash_after: int | None = None) -> Life:
             trainer.train()
         except _Crash:
             return Life(console.steps, None, err.getvalue())
-        return Life(console.steps, trainer.evaluate("validation"), err.getvalue())
+        return Life(console.steps, trainer.evaluate("validation").loss, err.getvalue())
 
 
 def _config(folder: Path, **sections: Any) -> RunConfig:

@@ -22,6 +22,7 @@ from uoe_parallel.analysis.transfer import Phase, Transfer, group_ranks, merged,
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.routing.level import Level
@@ -75,6 +76,7 @@ class _Passes:
     def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         dtype = DTYPES[config.training.precision]
         self.model = model
+        self.config = config
         self.sharded = model.sequence_parallel
         self.tensor_size = model.groups.tensor.size()
         self.sequences = config.training.micro_batch_size
@@ -99,6 +101,7 @@ class _Passes:
     def fixed(self) -> Iterator[Transfer]:
         """All that does not depend on routes."""
         model = self.model
+        yield from self._documents()
         if model.groups.is_first_stage:
             yield from self._embedding()
         for layer in model.layers.values():
@@ -107,8 +110,14 @@ class _Passes:
                 yield from self._repeated(chain(self._norm(), self._block(block)))
         if model.groups.is_last_stage:
             yield from self._norm()
-            yield from self._column_parallel("head")
-            yield from self._loss()
+            yield from self._head()
+
+    def _documents(self) -> Iterator[Transfer]:
+        """What the sequences that meet in a wide expert group tell each other."""
+        groups = self.model.groups
+        if self.config.has_documents and groups.expert.size() > groups.tensor.size():
+            payload = self.tokens * _COUNT
+            yield Transfer("documents", "forward", "expert", "all_gather", 1, payload)
 
     def exchanged(self, exchanges: Exchanges, number: int) -> Iterator[Transfer]:
         """What travels to experts and back, in all `number` micro-batches."""
@@ -201,7 +210,8 @@ class _Passes:
         scores = self.tokens * experts * self.precise
         share = scores // self.tensor_size
         length = self.tokens // self.sequences
-        units = level.units(Documents.whole(length, 1, torch.device("cpu")))
+        documents = Documents.whole(length, 1, torch.device("cpu"))
+        units = level.units(replace(documents, one_each=not self.config.has_documents))
         if not level.scores_lie_within(units, length // self.tensor_size):
             yield Transfer(_SCORES, "forward", "tensor", "all_gather", 1, share)
             yield Transfer(_SCORES, "backward", "tensor", "reduce_scatter", 1, scores)
@@ -213,10 +223,16 @@ class _Passes:
         if self.sharded:
             yield self._reduce("gradients of replicated weights", "backward", size)
 
-    def _loss(self) -> Iterator[Transfer]:
+    def _head(self) -> Iterator[Transfer]:
         head = self.model.head
-        assert head is not None
-        if self.element == 8:  # see LanguageModel.losses
+        if isinstance(head, VocabularyHead):
+            yield from self._column_parallel("head")
+            yield from self._loss(head)
+        elif self.sharded:
+            yield self._reduce("head", "forward", self.sequences * self.width * self.precise)
+
+    def _loss(self, head: VocabularyHead) -> Iterator[Transfer]:
+        if self.element == 8:  # see VocabularyHead.losses
             vocabulary = head.logits.output_size // self.tensor_size
             payload = self.tokens * vocabulary * self.element
             yield Transfer("loss", "forward", "tensor", "all_gather", 1, payload)

@@ -181,6 +181,27 @@ def validation_has_data(config: RunConfig) -> Iterator[Fault]:
         yield Fault(fields, every, problem, "give data.validation, or use 0")
 
 
+def classes_suit_task(config: RunConfig) -> Iterator[Fault]:
+    task, classes = config.model.task, config.model.num_classes
+    fields = ("model.num_classes", "model.task")
+    if task != "classification" and classes is not None:
+        mend = 'leave it out, or set model.task to "classification"'
+        yield Fault(fields, classes, f"means nothing to model.task = {show(task)}", mend)
+    elif task == "classification" and (classes is None or classes < 2):
+        problem = 'leaves nothing to tell apart, as model.task = "classification" is to'
+        yield Fault(fields, classes, problem, "use the number of classes, 2 or more")
+
+
+def classified_documents_are_apart(config: RunConfig) -> Iterator[Fault]:
+    if config.model.task == "classification" and config.data.reset_at_documents:
+        yield Fault(
+            ("data.reset_at_documents", "model.task"),
+            True,
+            'means nothing to model.task = "classification", which reads one document a sequence',
+            "leave it out",
+        )
+
+
 def one_use_of_routes(config: RunConfig) -> Iterator[Fault]:
     given = {f"routes.{use}": folder for use, folder in config.routes if folder is not None}
     if len(given) > 1:
@@ -280,6 +301,8 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     betas_in_range,
     validation_has_data,
+    classes_suit_task,
+    classified_documents_are_apart,
     one_use_of_routes,
     routes_beside_checkpoints,
     passthrough_faults,

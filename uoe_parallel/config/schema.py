@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
 Precision = Literal["fp32", "bf16", "fp64"]
+Task = Literal["next_token", "masked_token", "classification"]
 
 
 class Section(BaseModel):
@@ -110,7 +111,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); null means num_heads."""
     sequence_length: PositiveInt
-    task: Literal["next_token", "masked_token", "classification"] = "next_token"
+    task: Task = "next_token"
     """What the model learns: a causal model to predict each next token, a bidirectional one to
     predict masked tokens or the class of a document."""
     num_classes: PositiveInt | None = None
@@ -119,6 +120,7 @@ class ModelConfig(Section):
     bias: bool = False
     """Biases in the linear layers of both blocks."""
     tie_embeddings: bool = True
+    """Use the embedding's weight in the head as well, where that is over the vocabulary."""
     vocab_multiple: PositiveInt = 8
     """The vocabulary is padded to a multiple of this, which the tensor size must divide."""
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -160,12 +162,18 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where tokens come from: prefixes of megatron .bin/.idx files."""
+    """Where tokens come from: prefixes of megatron .bin/.idx files, for classification with a file
+    <prefix>.labels.npy that has the class of each document."""
 
     train: str
     validation: str | None = None
     test: str | None = None
     tokenizer: Literal["bytes"] = "bytes"
+    reset_at_documents: bool = False
+    """Keep the documents of a sequence apart: attention, positions and routing restart after each
+    end-of-document token. Without it a sequence is read as one document."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Chance of each token of text to be one that the masked_token task predicts."""
 
 
 class TrainingConfig(Section):
@@ -243,6 +251,11 @@ class RunConfig(Section):
     routes: RoutesConfig = RoutesConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether micro-batches say which document each token is of, and which are padding."""
+        return self.data.reset_at_documents or self.model.task == "classification"
 
     @property
     def routed_blocks(self) -> dict[str, int]:
