@@ -106,8 +106,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel": {"tensor": 2, "zero_stage": 1},
             "feed_forward": {"patch_length": 3, "capacity_factor": 1.0, "shared_experts": 1},
             "attention": {
-                **{"segment_length": 4, "segment_experts": 3, "patch_length": 2},
-                **{"selection": "threshold", "threshold_warmup": 0},
+                "segment_length": 4,
+                "segment_experts": 3,
+                "patch_length": 2,
+                "selection": "threshold",
+                "threshold_warmup": 0,
             },
             "training": ONE_SEQUENCE,
         },

@@ -7,22 +7,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.training.generation import sample
 
 VOCAB_SIZE = 5
 
 
 class Successor:
-    """A model that nearly always continues i with i + 1, and remembers what it was shown."""
+    """A model that nearly always continues i with i + 1, and remembers what it was shown: with
+    each memory, and in each call."""
 
     def __init__(self, score: float = 100.0) -> None:
         self.score = score
         self.windows: list[list[int]] = []
+        self.calls: list[list[int]] = []
+        self._memory: object = None
 
-    def __call__(self, ids_1S: Tensor) -> Tensor:
+    def __call__(self, ids_1S: Tensor, memory: DecodingMemory) -> Tensor:
         assert not torch.is_grad_enabled()
         assert ids_1S.dtype == torch.int64 and ids_1S.shape[0] == 1
-        self.windows.append(ids_1S[0].tolist())
+        self.calls.append(ids_1S[0].tolist())
+        if memory is not self._memory:
+            self.windows.append([])
+            self._memory = memory
+        self.windows[-1] += self.calls[-1]
         next_1S = (ids_1S + 1) % VOCAB_SIZE
         return self.score * torch.nn.functional.one_hot(next_1S, VOCAB_SIZE).bfloat16()
 
@@ -34,10 +42,12 @@ def _sample(
     context: int = 4,
     temperature: float = 1.0,
     seed: int = 0,
+    by_token: bool = True,
 ) -> list[int]:
     return sample(
         model,
         prompt,
+        by_token=by_token,
         num_tokens=num_tokens,
         context=context,
         temperature=temperature,
@@ -50,10 +60,24 @@ def test_each_token_follows_from_the_last_one() -> None:
     assert _sample(Successor(), prompt=(3, 1), num_tokens=7) == [2, 3, 4, 0, 1, 2, 3]
 
 
-def test_model_sees_the_prompt_and_then_at_most_the_context() -> None:
+def test_model_sees_the_prompt_and_then_one_token_at_a_time_of_at_most_the_context() -> None:
     model = Successor()
-    _sample(model, prompt=(3, 1), num_tokens=4, context=4)
+    _sample(model, prompt=(3, 1), num_tokens=7, context=4)
+    # A full context goes on from its latter half.
+    assert model.calls == [[3, 1], [2], [3], [3, 4], [0], [1], [1, 2]]
+    assert model.windows == [[3, 1, 2, 3], [3, 4, 0, 1], [1, 2]]
+
+
+def test_a_model_that_cannot_add_a_token_sees_whole_windows() -> None:
+    model = Successor()
+    _sample(model, prompt=(3, 1), num_tokens=4, context=4, by_token=False)
     assert model.windows == [[3, 1], [3, 1, 2], [3, 1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_a_context_of_one_token_works() -> None:
+    model = Successor()
+    assert _sample(model, prompt=(3,), num_tokens=3, context=1) == [4, 0, 1]
+    assert model.windows == [[3], [4], [0]]
 
 
 def test_prompt_longer_than_the_context_keeps_its_end() -> None:

@@ -36,17 +36,18 @@ def micro_batch_context(
     documents_BS: Tensor | None,
     groups: ParallelGroups,
     device: torch.device,
+    memory: DecodingMemory | None = None,
 ) -> Context:
     """Of B sequences of S tokens; documents_BS as `Documents.from_ids` takes them, None for one a
-    sequence. Collective over a wide expert group if there are documents."""
+    sequence. Collective over a wide expert group if there are documents and no memory."""
     batch, length = shape_BS
+    whole = documents_BS is None
+    own = Documents.whole(length, batch, device) if whole else Documents.from_ids(documents_BS)
     runs = groups.expert.size() // groups.tensor.size()
+    if runs == 1 or memory is not None:  # text is decoded with its tokens on every rank
+        return Context(own, own, memory)
     if documents_BS is None:
-        own = Documents.whole(length, batch, device)
-        return Context(own, own if runs == 1 else Documents.whole(length, runs * batch, device))
-    own = Documents.from_ids(documents_BS)
-    if runs == 1:
-        return Context(own, own)
+        return Context(own, Documents.whole(length, runs * batch, device))
     # Tensor ranks hold the same sequences: one of each run is enough.
     gathered = comm.gather_shards(documents_BS, 0, groups.expert)
     of_runs = gathered.unflatten(0, (runs, groups.tensor.size(), batch))[:, 0].flatten(0, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from uoe_parallel.experts.cache import KeyValueCache
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.routing.level import Level
 from uoe_parallel.routing.memory import LevelMemory
 
@@ -35,6 +36,13 @@ class DecodingMemory:
     @property
     def is_empty(self) -> bool:
         return self.position_B is None
+
+    def advance(self, documents: Documents) -> None:
+        """Count the tokens that were just passed."""
+        if self.position_B is None:
+            self.position_B = documents.last_B + 1
+        else:
+            self.position_B = self.position_B + 1
 
     def of(self, block: nn.Module) -> BlockMemory:
         return self._blocks.setdefault(block, BlockMemory())

@@ -15,9 +15,11 @@ from torch.distributed import ProcessGroup
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.context import Context, micro_batch_context
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.dropout import Dropout
 from uoe_parallel.model.heads import ClassHead, VocabularyHead
 from uoe_parallel.model.initialization import Initializer
@@ -247,17 +249,23 @@ class LanguageModel(nn.Module):
         """Ranks that a sequence's tokens lie over between blocks."""
         return self.groups.tensor.size() if self.sequence_parallel else 1
 
-    def stage(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    def stage(
+        self, x: Tensor, documents_BS: Tensor | None = None, memory: DecodingMemory | None = None
+    ) -> Tensor:
         """This stage's part: of ids [B, S] on the first, of hidden states elsewhere, to the head's
         logits on the last and hidden states [S or S/P, B, D] elsewhere."""
-        hidden = self.hidden(x, documents_BS)
+        hidden = self.hidden(x, documents_BS, memory)
         return self.logits(hidden, documents_BS) if self.groups.is_last_stage else hidden
 
-    def hidden(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, x: Tensor, documents_BS: Tensor | None = None, memory: DecodingMemory | None = None
+    ) -> Tensor:
         """Hidden states after this stage's layers, [S or S/P, B, D].
 
         documents_BS: int64 [B, S], one id for all tokens of a document, another one for the next,
-        -1 for padding; None if every sequence is one document.
+        -1 for padding; None if every sequence is one document. memory: of a causal model within
+        `replicated_tokens`; an empty one is filled with sequences of one document each, with
+        padding behind it if any, and to another one S = 1 token of each sequence is added.
         """
         if self.groups.is_first_stage:
             assert self.embedding is not None
@@ -265,16 +273,26 @@ class LanguageModel(nn.Module):
             x = self.embedding(x)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = self.context(shape, documents_BS, x.device)
+        context = self.context(shape, documents_BS, x.device, memory)
         for layer in self.layers.values():
             x = layer(x, context)
+        if memory is not None:
+            memory.advance(context.documents)
         return x
 
     def context(
-        self, shape_BS: tuple[int, int], documents_BS: Tensor | None, device: torch.device
+        self,
+        shape_BS: tuple[int, int],
+        documents_BS: Tensor | None,
+        device: torch.device,
+        memory: DecodingMemory | None = None,
     ) -> Context:
         """What the layers need to know of a micro-batch of this shape."""
-        return micro_batch_context(shape_BS, documents_BS, self.groups, device)
+        if memory is None or memory.position_B is None:
+            return micro_batch_context(shape_BS, documents_BS, self.groups, device, memory)
+        assert shape_BS == (len(memory.position_B), 1), "one more token of each text"
+        step = Documents.step(memory.position_B)
+        return Context(step, step, memory)
 
     def logits(self, x_SBD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P] of tokens, [B, C] of
@@ -306,17 +324,18 @@ class LanguageModel(nn.Module):
         documents_BS: Tensor | None = None,
         *,
         judged: bool = False,
+        memory: DecodingMemory | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The `losses` of the labels, if `judged` what `judge` says of them, or with no labels the
         logits of the used vocabulary, [B, S, V], or of classes, [B, C]. The same on every rank of
         the tensor group. For a model of one stage.
 
         tokens_BS: int64 ids below the vocabulary size. With sequence parallelism S must be a
-        multiple of the tensor size. labels: int64, ids [B, S] or classes [B, 1]. documents_BS: as
-        in `hidden`.
+        multiple of the tensor size. labels: int64, ids [B, S] or classes [B, 1]. documents_BS,
+        memory: as in `hidden`.
         """
         assert self.groups.pipe.size() == 1
-        logits = self.stage(tokens_BS, documents_BS)
+        logits = self.stage(tokens_BS, documents_BS, memory)
         if labels is None:
             return self.whole(logits)
         return self.judge(logits, labels) if judged else self.losses(logits, labels)
@@ -332,6 +351,14 @@ class LanguageModel(nn.Module):
         return {
             name: module for name, module in self.named_modules() if isinstance(module, RoutedBlock)
         }
+
+    @property
+    def decodes_by_token(self) -> bool:
+        """Whether one token at a time can be added to a memory."""
+        levels = (
+            level for b in self.routed_blocks().values() for level in b.router.levels.values()
+        )
+        return all(level.selection.per_unit for level in levels)
 
     @contextmanager
     def replicated_tokens(self) -> Iterator[None]:

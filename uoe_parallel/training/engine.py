@@ -18,6 +18,7 @@ from uoe_parallel.config.deepspeed import deepspeed_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
 from uoe_parallel.errors import UserError
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit, WideExpertGroups
@@ -87,9 +88,10 @@ class TrainingEngine:
     def _model_parallel_unit(self) -> object:
         return ModelParallelUnit(self.groups)
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of the used vocabulary [B, S, V], the same on every rank."""
-        return self.deepspeed(tokens_BS)
+    def logits(self, tokens_BS: Tensor, memory: DecodingMemory | None = None) -> Tensor:
+        """Logits of the used vocabulary [B, S, V], the same on every rank. memory: as in
+        `LanguageModel.hidden`."""
+        return self.deepspeed(tokens_BS, memory=memory)
 
     def token_losses(self, batch: MicroBatch) -> Tensor:
         """Cross entropy of every label, nats, of the labels' shape, for a backward pass. For a

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from uoe_parallel.model.decoding import DecodingMemory
+
 
 @torch.no_grad()
 def sample(
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor, DecodingMemory], Tensor],
     prompt: Sequence[int],
     *,
+    by_token: bool,
     num_tokens: int,
     context: int,
     temperature: float,
@@ -21,15 +24,22 @@ def sample(
 ) -> list[int]:
     """`num_tokens` ids that follow `prompt` (at least one id).
 
-    logits_of: ids [1, s] to logits [1, s, V], the same on every rank, with tokens replicated;
-    every rank must call this, and all draw the same ids. The model sees the last `context` ids.
+    logits_of: ids [1, s] that follow those of a memory to logits [1, s, V], the same on every rank,
+    with tokens replicated; every rank must call this, and all draw the same ids. The model sees at
+    most the last `context` ids: when they are full it begins anew with the latter half of them, so
+    that most tokens cost one position. by_token: whether the model can add a single token to a
+    memory; otherwise each token costs a whole pass.
     """
     assert len(prompt) > 0
     ids = list(prompt)
     generator = torch.Generator().manual_seed(seed)
+    memory, seen, unseen = DecodingMemory(), 0, ids[-context:]
     for _ in range(num_tokens):
-        window = torch.tensor([ids[-context:]], device=device)
-        logits_V = logits_of(window)[0, -1].float().cpu()
+        logits_V = logits_of(torch.tensor([unseen], device=device), memory)[0, -1].float().cpu()
         probabilities = (logits_V / temperature).softmax(-1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        seen, unseen = seen + len(unseen), ids[-1:]
+        if not by_token or seen == context:
+            kept = max(context // 2, 1) if by_token else context
+            memory, seen, unseen = DecodingMemory(), 0, ids[-kept:]
     return ids[len(prompt) :]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import Embedding, LanguageModel
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.deepspeed_groups import topology
@@ -58,8 +59,8 @@ class PipelineTrainingEngine(TrainingEngine):
         logits = self._relay(batch.tokens, batch.documents)
         return None if logits is None else self.model.judge(logits, batch.labels)
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        logits_SBV = self._relay(tokens_BS)
+    def logits(self, tokens_BS: Tensor, memory: DecodingMemory | None = None) -> Tensor:
+        logits_SBV = self._relay(tokens_BS, memory=memory)
         if logits_SBV is not None:
             whole_BSV = self.model.whole(logits_SBV).contiguous()
         else:
@@ -67,7 +68,12 @@ class PipelineTrainingEngine(TrainingEngine):
             whole_BSV = torch.empty(shape, dtype=self._dtype, device=self.device)
         return comm.broadcast(whole_BSV, self.groups.pipe.size() - 1, self.groups.pipe)
 
-    def _relay(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor | None:
+    def _relay(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        memory: DecodingMemory | None = None,
+    ) -> Tensor | None:
         """One forward pass over the stages, without gradients: the last one's logits, None
         elsewhere. Passes that follow each other overlap."""
         groups, stage = self.groups, self.groups.stage
@@ -77,7 +83,7 @@ class PipelineTrainingEngine(TrainingEngine):
             shape = (length // self.model.num_shards, batch, self.config.model.hidden_size)
             x = torch.empty(shape, dtype=self._dtype, device=self.device)
             comm.receive(x, stage - 1, groups.pipe)
-        y = self.model.stage(x, documents_BS)
+        y = self.model.stage(x, documents_BS, memory)
         if groups.is_last_stage:
             return y
         comm.send(y, stage + 1, groups.pipe)

@@ -216,6 +216,7 @@ class Trainer:
             ids = sample(
                 self.engine.logits,
                 [*before, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
+                by_token=self.model.decodes_by_token,
                 num_tokens=SAMPLE_TOKENS,
                 context=self.config.model.sequence_length,
                 temperature=SAMPLE_TEMPERATURE,
