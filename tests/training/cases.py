@@ -13,6 +13,7 @@ from tests.tiny import USED_VOCAB_SIZE
 from uoe_parallel.checkpoint import Piece
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.training.evaluation import Evaluation
 from uoe_parallel.training.optimizer import parameter_groups, set_learning_rates
 from uoe_parallel.training.timers import StepTimer
@@ -93,7 +94,10 @@ def evaluate(config: RunConfig) -> tuple[Evaluation, Tensor | None]:
         return evaluation, None
     engine.deepspeed.eval()
     with model.replicated_tokens():
-        logits = engine.logits(batches[0].tokens[:1, :5])
+        tokens, memory = batches[0].tokens[:1, :5], DecodingMemory()
+        logits = engine.logits(tokens)
+        one_by_one = [engine.logits(tokens[:, part], memory) for part in ([0, 1, 2], [3], [4])]
+        torch.testing.assert_close(torch.cat(one_by_one, 1), logits, rtol=1e-5, atol=1e-5)
     return evaluation, logits
 
 
