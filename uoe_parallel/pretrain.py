@@ -138,12 +138,14 @@ def _introduce(
 
 
 def _dry_run(trainer: Trainer, console: TrainingConsole) -> None:
+    from uoe_parallel.training.evaluation import LOSS_UNITS
+
     result = trainer.train_step()
     seconds = trainer.timer.take()
     console.table(
         "Dry run: one step taken, nothing written",
         [
-            ("loss", f"{result.loss:.4f} nats/token"),
+            ("loss", f"{result.loss:.4f} {LOSS_UNITS[trainer.config.model.task]}"),
             ("gradient norm", f"{result.gradient_norm:.4f}"),
             *((f"seconds, {part}", f"{value:.3f}") for part, value in seconds.items()),
             ("peak memory of rank 0", f"{trainer.device.peak_memory() / 2**20:,.0f} MiB"),
@@ -154,16 +156,14 @@ def _dry_run(trainer: Trainer, console: TrainingConsole) -> None:
 def _conclude(
     config: RunConfig, options: argparse.Namespace, summary: RunSummary, console: TrainingConsole
 ) -> None:
-    from uoe_parallel.training.metrics import bits_per_byte
-
-    console.say(f"\nSampled from the model:\n{summary.text.rstrip()}\n")
-    losses = [
-        (split, f"{loss:.4f} nats/token = {bits_per_byte(loss):.4f} bits/byte")
-        for split, loss in summary.losses.items()
+    if summary.text is not None:
+        console.say(f"\nSampled from the model:\n{summary.text.rstrip()}\n")
+    results = [
+        (split, evaluation.describe(" = ")) for split, evaluation in summary.evaluations.items()
     ]
     events = "tensorboard/, " if config.logging.tensorboard else ""
     files = f"{config.run_dir}: config.yaml, metrics.jsonl, {events}checkpoints/"
-    console.table("Finished", [*losses, ("files", files)])
+    console.table("Finished", [*results, ("files", files)])
     console.say(f"To go on from here: {_resume_command(options, 2 * config.training.steps)}")
 
 

@@ -12,6 +12,7 @@ from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.analysis.exchange import ExchangeSizes, sample_exchange
 from uoe_parallel.dispatch.plan import plan_exchange
+from uoe_parallel.experts.documents import Documents
 
 TOKENS, EXPERTS, TOP_K, RANKS = 4000, 12, 3, 4
 
@@ -27,7 +28,10 @@ def _masks(seed: int) -> list[Tensor]:
 def _plan(seeds: range) -> list[ExchangeSizes]:
     groups = start(RANKS, sequence_parallel=True)
     masks = [_masks(seed)[groups.rank] for seed in seeds]
-    return [ExchangeSizes.of_plan(plan_exchange(m, groups.tensor, RANKS)) for m in masks]
+    length, batch, _ = masks[0].shape
+    documents = Documents.whole(RANKS * length, batch, masks[0].device)
+    plans = [plan_exchange(mask, groups.tensor, RANKS, documents) for mask in masks]
+    return [ExchangeSizes.of_plan(plan) for plan in plans]
 
 
 def test_sizes_of_masks_are_those_of_the_plan(ranks: Ranks) -> None:

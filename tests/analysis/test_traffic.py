@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.analysis.cases import RealStep, Seen, simulate, take_steps
@@ -14,6 +15,7 @@ from tests.tiny import tiny_config, write_corpus
 from uoe_parallel.analysis.observe import Observed
 from uoe_parallel.analysis.simulate import Simulation
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.data.labelled import write_labelled_documents
 
 ONE_SEQUENCE: dict[str, Any] = {"micro_batch_size": 1}  # so that micro-batches add up to a step
 RECOMPUTE: dict[str, Any] = {"recompute_layers": True}
@@ -98,6 +100,35 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "deepspeed": {"zero_optimization": NEVER_KEPT},
         },
     ),
+    "tp2-sp rules": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "feed_forward": {"patch_length": 3, "capacity_factor": 1.0, "shared_experts": 1},
+            "attention": {
+                **{"segment_length": 4, "segment_experts": 3, "patch_length": 2},
+                **{"selection": "threshold", "threshold_warmup": 0},
+            },
+            "training": ONE_SEQUENCE,
+        },
+    ),
+    "tp2-dp2 rules": (
+        4,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 0, "sequence_parallel": False},
+            "feed_forward": {"balance": ["bias", "batch_loss"]},
+            "attention": {"segment_length": 4, "segment_experts": 3, "selection": None},
+        },
+    ),
+    "tp2-sp-dp2-ep4 rules": (
+        4,
+        {
+            "parallel": {"tensor": 2, "expert": 4, "zero_stage": 1},
+            "feed_forward": {"balance": ["bias", "batch_loss"], "capacity_factor": 1.0},
+            "attention": {"spread": "expert", "selection": "threshold"},
+            "training": ONE_SEQUENCE | RECOMPUTE,
+        },
+    ),
     "tp2-sp-dp2-ep4 recomputed": (
         4,
         {
@@ -125,6 +156,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"parallel": {"pipeline": 2, "zero_stage": 1}, "model": {"tie_embeddings": False}},
     ),
     "dp2-ep2": (2, {"parallel": {"expert": 2, "zero_stage": 1}, "training": ONE_SEQUENCE}),
+    "dp2-ep2 documents": (
+        2,
+        {"parallel": {"expert": 2, "zero_stage": 1}, "data": {"reset_at_documents": True}},
+    ),
+    "tp2-sp classes": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "model": {"task": "classification", "num_classes": 3},
+        },
+    ),
     "tp2-sp-pp2": (4, {"parallel": {"tensor": 2, "pipeline": 2, "zero_stage": 1}}),
     "tp2-sp-dp2-ep4": (
         4,
@@ -186,8 +228,11 @@ SLOW = ("tp2-sp-dp2 bf16", "tp2-dp2-zero2 bf16", "tp2-sp-pp2 fp64", "tp2-pp2 rec
 )
 def test_simulation_is_exact(ranks: Ranks, tmp_path: Path, name: str) -> None:
     world, sections = CASES[name]
-    corpus = str(write_corpus(tmp_path / "corpus"))
-    config = tiny_config(**sections, data={"train": corpus}, run_dir=str(tmp_path / "run"))
+    corpus = write_corpus(tmp_path / "corpus")
+    data = sections.get("data", {}) | {"train": str(corpus)}
+    config = tiny_config(**sections | {"data": data}, run_dir=str(tmp_path / "run"))
+    if config.model.num_classes is not None:
+        write_labelled_documents(corpus, [np.arange(1 + n % 16) for n in range(32)], [0, 1] * 16)
     steps = ranks(world).run(take_steps, config)
     simulated = _simulate(ranks, config, world, steps)
     for step, simulation in zip(steps, simulated, strict=True):

@@ -254,6 +254,34 @@ BROKEN = [
         ),
     ),
     (
+        {"model__num_classes": 3},
+        (
+            'model.num_classes = 3 means nothing to model.task = "next_token"; leave it out, or '
+            'set model.task to "classification"'
+        ),
+    ),
+    *(
+        (
+            {"model__task": "classification", "model__num_classes": classes},
+            (
+                f"model.num_classes = {shown} leaves nothing to tell apart, as model.task = "
+                '"classification" is to; use the number of classes, 2 or more'
+            ),
+        )
+        for classes, shown in ((None, "null"), (1, "1"))
+    ),
+    (
+        {
+            "model__task": "classification",
+            "model__num_classes": 2,
+            "data__reset_at_documents": True,
+        },
+        (
+            'data.reset_at_documents = true means nothing to model.task = "classification", which '
+            "reads one document a sequence; leave it out"
+        ),
+    ),
+    (
         {"routes__replay": "a", "routes__compare": "b"},
         'routes.replay = "a" is given together with routes.compare; keep one of them',
     ),
@@ -304,6 +332,8 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"model__hidden_size": 24, "model__num_kv_heads": 12},
         {"routes__record": "runs/routes"},
         {"routes__replay": "runs/checkpoints"},
+        {"model__task": "classification", "model__num_classes": 2},
+        {"model__task": "masked_token", "data__reset_at_documents": True},
     ],
 )
 def test_what_just_holds_is_no_fault(changes: dict[str, Any]) -> None:

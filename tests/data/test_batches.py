@@ -14,16 +14,19 @@ from uoe_parallel.data.batches import (
     batch_rows,
     epoch_permutation,
     evaluation_batches,
+    random_stream,
     sample_numbers,
     step_batches,
     token_range,
 )
+from uoe_parallel.data.examples import NextTokens
 
 
 class Windows:
     """Window i is i * 10, i * 10 + 1, ...: its first token names it."""
 
     sequence_length = 4
+    fingerprint: list[int] = []  # noqa: RUF012
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -34,6 +37,10 @@ class Windows:
     def __getitem__(self, number: int, /) -> NDArray[np.int64]:
         assert 0 <= number < self.count
         return number * 10 + np.arange(self.sequence_length + 1)
+
+
+def examples(count: int) -> NextTokens:
+    return NextTokens(Windows(count), eod=-1, separate_documents=False)
 
 
 def drawn(batches: list[MicroBatch]) -> list[int]:
@@ -73,7 +80,7 @@ def test_steps_walk_through_the_endless_sequence(count: int, size: int, seed: in
 
 @pytest.mark.parametrize(("micro", "data_size"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (12, 1)])
 def test_global_batch_is_the_same_under_every_layout(micro: int, data_size: int) -> None:
-    dataset, size = Windows(17), 12
+    dataset, size = examples(17), 12
     for step in (0, 1, 7):
         ranks = [
             step_batches(
@@ -97,7 +104,7 @@ def test_global_batch_is_the_same_under_every_layout(micro: int, data_size: int)
 def test_rows_of_a_rank_name_its_sequences_of_the_global_batch(
     micro: int, data_size: int, count: int
 ) -> None:
-    dataset, size, step = Windows(100), micro * data_size * count, 3
+    dataset, size, step = examples(100), micro * data_size * count, 3
     numbers = sample_numbers(100, step, seed=5, global_batch_size=size)
     held: list[int] = []
     for rank in range(data_size):
@@ -120,7 +127,7 @@ def test_rows_of_a_rank_name_its_sequences_of_the_global_batch(
 
 def test_micro_batch_holds_inputs_and_the_tokens_that_follow() -> None:
     (batch,) = step_batches(
-        Windows(9),
+        examples(9),
         0,
         seed=0,
         global_batch_size=3,
@@ -151,7 +158,7 @@ def test_evaluation_spreads_its_windows_and_gives_equal_shares(
     ranks = [
         list(
             evaluation_batches(
-                Windows(count),
+                examples(count),
                 wanted,
                 micro_batch_size=micro,
                 data_rank=rank,
@@ -172,9 +179,24 @@ def test_evaluation_spreads_its_windows_and_gives_equal_shares(
         assert not batch.labels[padding].any()
 
 
-def test_token_range_sees_inputs_and_labels() -> None:
+def test_token_range_sees_what_the_data_has() -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
     low, high = torch.tensor([[1, 2]]), torch.tensor([[300, 3]])
-    assert token_range([MicroBatch(low, low, mask), MicroBatch(low, high, mask)])[1] == 300
-    assert token_range([MicroBatch(high, low, mask)])[1] == 300
-    assert token_range([MicroBatch(high, -low, mask)])[0] == -int(low.max())
+    first = MicroBatch(low, low, mask)
+    assert token_range([first, MicroBatch(low, high, mask)], "next_token")[1] == 300
+    assert token_range([MicroBatch(high, low, mask)], "next_token")[1] == 300
+    assert token_range([MicroBatch(high, -low, mask)], "next_token")[0] == -int(low.max())
+    assert token_range([MicroBatch(high, low, mask)], "masked_token")[1] == 2, "masks are no ids"
+    classes = MicroBatch(low, torch.tensor([[7]]), mask[:, :1])
+    assert token_range([classes, first], "classification") == (1, 2)
+
+
+def test_random_streams_depend_on_seed_and_place() -> None:
+    places = [(1,), (1, 0), (1, 0, 0), (0, 1), (2, 1), (1, 2)]
+    streams = [random_stream(seed, *place) for seed in (3, 4) for place in places]
+    assert len({int(stream.random_raw()) for stream in streams}) == len(streams)
+    # A change would silently break the exact resume of runs made before it.
+    assert random_stream(1234, 5, 6).random_raw(2).tolist() == [
+        2591507903533033623,
+        4769220781882875824,
+    ]

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uoe_parallel.data.tokenizer import ByteTokenizer, build_tokenizer, padded_vocab_size
+from uoe_parallel.data.tokenizer import (
+    ByteTokenizer,
+    build_tokenizer,
+    num_model_ids,
+    padded_vocab_size,
+)
 from uoe_parallel.errors import UserError
 
 
@@ -35,6 +40,13 @@ def test_every_id_is_below_the_size() -> None:
     tokenizer = build_tokenizer("bytes")
     assert tokenizer.size == 257
     assert tokenizer.eod < tokenizer.size
+
+
+def test_masks_have_an_id_that_no_text_has() -> None:
+    tokenizer = ByteTokenizer()
+    assert num_model_ids(tokenizer, "masked_token") == tokenizer.size + 1
+    assert num_model_ids(tokenizer, "next_token") == tokenizer.size
+    assert num_model_ids(tokenizer, "classification") == tokenizer.size
 
 
 def test_unknown_tokenizer_names_the_known_ones() -> None:

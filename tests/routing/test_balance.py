@@ -8,11 +8,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from uoe_parallel.routing.balance import load_balance_loss, z_loss
+from uoe_parallel.config.schema import RoutingConfig
+from uoe_parallel.routing.balance import Load
+from uoe_parallel.routing.balance.bias import LoadBias
+from uoe_parallel.routing.balance.sequence_loss import SequenceLoss
+from uoe_parallel.routing.balance.z_loss import z_loss as z_loss_of
 
 
-def _random(*shape: int) -> torch.Tensor:
+def load_balance_loss(scores_SBE: Tensor, counts_BE: Tensor, length: int) -> Tensor:
+    """Of tokens that are their own units, in sequences of the given length."""
+    counts_BE = counts_BE.to(scores_SBE.dtype)
+    share_BE = counts_BE / counts_BE.sum(-1, keepdim=True).clamp(min=1)
+    counted_SB = torch.ones(scores_SBE.shape[:2], dtype=torch.bool)
+    units_B = torch.full((scores_SBE.shape[1],), float(length))
+    rule = SequenceLoss(RoutingConfig(), scores_SBE.shape[-1])
+    return rule.loss(Load(scores_SBE, counted_SB, share_BE, units_B))
+
+
+def z_loss(scores_SBE: Tensor, length: int) -> Tensor:
+    counted_SB = torch.ones(scores_SBE.shape[:2], dtype=torch.bool)
+    return z_loss_of(scores_SBE, counted_SB, torch.full((scores_SBE.shape[1],), float(length)))
+
+
+def _random(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(math.prod(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -91,3 +111,31 @@ def test_sequences_add_up() -> None:
     torch.testing.assert_close(
         torch.stack(losses).sum(), load_balance_loss(scores_SBE, counts_BE, 6)
     )
+
+
+def test_only_tokens_that_stand_for_a_unit_count() -> None:
+    scores_SBE, units_B = _random(6, 2, 3), torch.tensor([3.0, 3.0])
+    counted_SB = torch.tensor([True, False] * 3).unsqueeze(1).expand(6, 2)
+    share_BE = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).double()
+    rule = SequenceLoss(RoutingConfig(), 3)
+    found = rule.loss(Load(scores_SBE, counted_SB, share_BE, units_B))
+    every = torch.ones(3, 2, dtype=torch.bool)
+    wanted = rule.loss(Load(scores_SBE[::2], every, share_BE, units_B))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        z_loss_of(scores_SBE, counted_SB, units_B), z_loss_of(scores_SBE[::2], every, units_B)
+    )
+
+
+def test_the_bias_moves_against_the_load_once_a_step() -> None:
+    rule = LoadBias(RoutingConfig(bias_rate=0.25), 3)
+    scores_SBE, counted_SB = torch.zeros(4, 1, 3), torch.tensor([[True], [True], [False], [True]])
+    mask_SBE = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 0]]).bool().unsqueeze(1)
+    for _ in range(2):  # micro-batches
+        rule.observe(scores_SBE, mask_SBE, counted_SB)
+        assert rule.offset().tolist() == [0, 0, 0]
+    assert rule.observed.tolist() == [6, 4, 0]
+    rule.move(torch.tensor([6.0, 4.0, 2.0]).double())  # with other ranks' pairs
+    rule.reset()
+    assert rule.offset().tolist() == [-0.25, 0, 0.25]
+    assert not rule.observed.any()

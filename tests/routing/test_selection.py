@@ -1,18 +1,28 @@
-"""Top-k against sorting by hand, and the rules that a router finds by name."""
+"""Selections by hand. Documents, patches and segments are in tests/model/test_decisions.py."""
 
 from __future__ import annotations
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from uoe_parallel.config.schema import RoutingConfig
+from uoe_parallel.experts.documents import Documents
+from uoe_parallel.routing.capacity import Capacity
 from uoe_parallel.routing.router import Router
-from uoe_parallel.routing.selection import TopK
+from uoe_parallel.routing.selection.expert_choice import ExpertChoice
+from uoe_parallel.routing.selection.top_k import TopK
+from uoe_parallel.routing.units import Units
 
 
-def top_k(k: int) -> TopK:
-    return TopK(RoutingConfig(top_k=k))
+def units_of(scores_SBE: Tensor, length: int = 1) -> Units:
+    return Units.of(Documents.whole(*scores_SBE.shape[:2], scores_SBE.device), length)
+
+
+def top_k(k: int, scores_SBE: Tensor) -> Tensor:
+    rule = TopK(RoutingConfig(top_k=k), scores_SBE.shape[-1])
+    return rule(scores_SBE, units_of(scores_SBE))
 
 
 # Few distinct values, so that ties are common.
@@ -31,7 +41,7 @@ def test_takes_the_k_best_and_among_equals_the_lowest_index(
 ) -> None:
     n = len(rows[0])
     k = data.draw(st.integers(1, n))
-    mask = top_k(k)(torch.tensor(rows).unsqueeze(1))
+    mask = top_k(k, torch.tensor(rows).unsqueeze(1))
     assert mask.dtype is torch.bool
     for t, row in enumerate(rows):
         best = sorted(range(n), key=lambda i: (-row[i], i))[:k]
@@ -41,23 +51,59 @@ def test_takes_the_k_best_and_among_equals_the_lowest_index(
 def test_equal_scores_take_the_first_experts_at_every_width() -> None:
     """Beyond the widths where an unstable sort happens to keep the order."""
     for n in (4, 16, 17, 64, 300):
-        mask = top_k(3)(torch.zeros(2, 2, n))
+        mask = top_k(3, torch.zeros(2, 2, n))
         assert torch.equal(mask, (torch.arange(n) < 3).expand(2, 2, n))
 
 
-def test_a_shard_of_the_sequence_is_enough() -> None:
+def test_a_shard_of_the_sequence_is_enough_for_top_k() -> None:
     scores = torch.randn(8, 3, 6, generator=torch.Generator().manual_seed(0))
-    whole = top_k(2)(scores)
-    assert TopK.per_token
-    shards = [top_k(2)(shard) for shard in scores.chunk(4)]
-    assert torch.equal(torch.cat(shards), whole)
+    assert TopK.per_unit
+    shards = [top_k(2, shard) for shard in scores.chunk(4)]
+    assert torch.equal(torch.cat(shards), top_k(2, scores))
 
 
-def test_a_router_has_the_rules_that_the_config_names() -> None:
-    router = Router(RoutingConfig(top_k=1, gate="sigmoid"))
-    scores = torch.tensor([[[0.0, 3.0, -1.0]], [[2.0, 2.0, 2.0]]])
-    assert router.select(scores).tolist() == [[[False, True, False]], [[True, False, False]]]
-    torch.testing.assert_close(router.gate(scores), 2 / (1 + (-scores).exp()))
-    other = Router(RoutingConfig(top_k=2, gate="softmax"))
-    assert other.select(scores).sum() == 4
-    torch.testing.assert_close(other.gate(scores), 3 * scores.softmax(-1))
+def test_expert_choice_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 5.0], [3.0, -1.0], [0.0, 4.0]])
+    rule = ExpertChoice(RoutingConfig(top_k=1), 2)
+    mask = rule(scores.unsqueeze(1), units_of(scores.unsqueeze(1)))
+    # Three of five tokens each; of the second expert's equal ones the first.
+    assert mask[:, 0, 0].tolist() == [False, True, True, True, False]
+    assert mask[:, 0, 1].tolist() == [True, False, True, False, True]
+
+
+def test_experts_do_not_choose_what_they_may_not() -> None:
+    scores = torch.full((4, 1, 2), -torch.inf)
+    scores[1:3] = 0.5
+    mask = ExpertChoice(RoutingConfig(top_k=2), 2)(scores, units_of(scores))
+    assert mask[:, 0, 0].tolist() == [False, True, True, False]
+
+
+def test_capacity_follows_the_context_and_not_the_sequence_at_hand() -> None:
+    capacity = Capacity(1.5, chosen=2, num_experts=4, context=10, unit_length=3)
+    assert capacity.limit == 3  # 1.5 x 2 x 4 patches / 4 experts
+    mask = torch.zeros(12, 1, 4, dtype=torch.bool)
+    mask[..., 1] = True
+    kept = capacity(mask, units_of(mask, 3))
+    assert kept[..., 1].flatten().tolist() == [True] * 9 + [False] * 3
+    assert torch.equal(capacity(mask[:7], units_of(mask[:7], 3)), kept[:7])
+
+
+def test_shared_experts_are_spread_and_the_others_keep_their_order() -> None:
+    config = RoutingConfig(shared_experts=2)
+    router = Router(config, num_experts=8, context=4, causal=True)
+    assert (router.num_routed, router.shared) == (6, {0, 4})
+    values = torch.arange(2.0, 8.0).expand(1, 1, 6)
+    whole = router.with_shared(values)
+    assert whole.flatten().tolist() == [1, 2, 3, 4, 1, 5, 6, 7]
+    assert torch.equal(router.without_shared(whole), values)
+
+
+def test_a_router_has_the_levels_that_the_config_asks_for() -> None:
+    both = RoutingConfig(segment_length=4, segment_experts=3)
+    cases = [
+        (RoutingConfig(), ["router_weight"]),
+        (both, ["segment_router_weight", "router_weight"]),
+        (both.model_copy(update={"selection": None}), ["segment_router_weight"]),
+    ]
+    for config, levels in cases:
+        assert list(Router(config, num_experts=8, context=4, causal=True).levels) == levels

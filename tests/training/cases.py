@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import starmap
 from math import nan
 
 import torch
 from torch import Tensor, nn
 
 from tests.model.cases import build_model, random_tokens, start
+from tests.tiny import USED_VOCAB_SIZE
 from uoe_parallel.checkpoint import Piece
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.training.evaluation import Evaluation
 from uoe_parallel.training.optimizer import parameter_groups, set_learning_rates
 from uoe_parallel.training.timers import StepTimer
 
 STEPS = 3
+MASK = USED_VOCAB_SIZE
+"""The id after those of text."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,29 @@ class Outcome:
 
 
 def global_batch(config: RunConfig, step: int) -> MicroBatch:
-    """All sequences of a step, each with another number of tokens that count."""
+    """All sequences of a step, each with another number of labels that count or, where these are
+    classes, of real tokens."""
     tokens = random_tokens(config, seed=100 + step)
     lengths = torch.tensor([16, 3, 9, 1]).roll(step).unsqueeze(1)
-    return MicroBatch(tokens, tokens.roll(-1, 1), torch.arange(tokens.shape[1]) < lengths)
+    beginning = torch.arange(tokens.shape[1]) < lengths
+    if config.model.task == "next_token":
+        return MicroBatch(tokens, tokens.roll(-1, 1), beginning)
+    if config.model.num_classes is not None:
+        labels = tokens[:, :1] % config.model.num_classes
+        counts = torch.tensor([[True], [True], [False], [True]])
+        return MicroBatch(tokens, labels, counts, torch.where(beginning, 0, -1))
+    # Two documents a sequence, and one sequence with nothing to predict.
+    chosen = beginning & (tokens % 2 == 0) & (lengths != 3)
+    return MicroBatch(tokens.where(~chosen, MASK), tokens, chosen, (~beginning).long())
+
+
+def split(batch: MicroBatch, size: int) -> list[MicroBatch]:
+    """Into micro-batches of `size` sequences."""
+    parts = [None if t is None else t.split(size) for t in vars(batch).values()]
+    return [
+        MicroBatch(*(None if part is None else part[i] for part in parts))  # pyright: ignore
+        for i in range(len(batch.tokens) // size)
+    ]
 
 
 def run_engine(config: RunConfig, steps: int = STEPS) -> Outcome:
@@ -47,12 +69,8 @@ def run_engine(config: RunConfig, steps: int = STEPS) -> Outcome:
     timer = StepTimer(lambda: None)
     outcome = Outcome([], [], [])
     for step in range(steps):
-        whole = global_batch(config, step)
-        micro = config.training.micro_batch_size
-        shares = zip(
-            *(t.split(micro) for t in (whole.tokens, whole.labels, whole.loss_mask)), strict=True
-        )
-        mine = list(starmap(MicroBatch, shares))[groups.data_rank :: groups.layout.data]
+        shares = split(global_batch(config, step), config.training.micro_batch_size)
+        mine = shares[groups.data_rank :: groups.layout.data]
         loss, norm, _ = engine.step(mine, step, timer)
         outcome.losses.append(loss)
         outcome.gradient_norms.append(norm)
@@ -61,28 +79,22 @@ def run_engine(config: RunConfig, steps: int = STEPS) -> Outcome:
     return outcome
 
 
-def evaluate(config: RunConfig) -> tuple[float, Tensor]:
-    """The validation loss of two batches, and the logits [B, S, V] of an odd number of tokens."""
+def evaluate(config: RunConfig) -> tuple[Evaluation, Tensor | None]:
+    """Of two batches; and the logits [B, S, V] of an odd number of tokens if they are next ones."""
     from uoe_parallel.training.pipeline import build_engine
 
     groups = start(config)
     model = build_model(config, groups)
     engine = build_engine(model, config, groups, torch.device("cpu"))
     batches = [global_batch(config, step) for step in range(2)]
-    share = [
-        MicroBatch(
-            *(
-                t.chunk(groups.layout.data)[groups.data_rank]
-                for t in (b.tokens, b.labels, b.loss_mask)
-            )
-        )
-        for b in batches
-    ]
-    loss = engine.evaluate(share)
+    size = config.training.global_batch_size // groups.layout.data
+    evaluation = engine.evaluate([split(batch, size)[groups.data_rank] for batch in batches])
+    if config.model.task != "next_token":
+        return evaluation, None
     engine.deepspeed.eval()
     with model.replicated_tokens():
         logits = engine.logits(batches[0].tokens[:1, :5])
-    return loss, logits
+    return evaluation, logits
 
 
 def run_plainly(config: RunConfig) -> Outcome:
@@ -97,8 +109,8 @@ def run_plainly(config: RunConfig) -> Outcome:
     for step in range(STEPS):
         batch = global_batch(config, step)
         set_learning_rates(optimizer, step, training)
-        token_losses = model(batch.tokens, batch.labels)
-        loss = token_losses[batch.loss_mask].mean()
+        losses_of_labels = model(batch.tokens, batch.labels, batch.documents)
+        loss = losses_of_labels[batch.loss_mask].mean()
         optimizer.zero_grad()
         loss.backward()
         clip = training.gradient_clipping

@@ -61,10 +61,12 @@ FORMS += [(4, {"tensor": 2, "pipeline": 2}), (4, {"tensor": 2, "expert": 4, "zer
 def test_evaluation_and_logits_are_those_of_one_rank(
     ranks: Ranks, world: int, parallel: dict[str, int]
 ) -> None:
-    [(expected_loss, expected_logits)] = ranks(1).run(evaluate, tiny_config())
+    [(expected, expected_logits)] = ranks(1).run(evaluate, tiny_config())
     found = ranks(world).run(evaluate, tiny_config(parallel=parallel))
-    for loss, logits in found:
-        assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for evaluation, logits in found:
+        assert evaluation.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert evaluation.accuracy == expected.accuracy
+        assert logits is not None and found[0][1] is not None
         torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(logits, found[0][1]), "ranks draw tokens from these"
 

@@ -72,7 +72,7 @@ def _live(config: RunConfig, crash_after: int | None = None) -> Life:
             trainer.train()
         except _Crash:
             return Life(console.steps, None, err.getvalue())
-        return Life(console.steps, trainer.evaluate("validation"), err.getvalue())
+        return Life(console.steps, trainer.evaluate("validation").loss, err.getvalue())
 
 
 def _config(folder: Path, **sections: Any) -> RunConfig:
@@ -123,6 +123,13 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     sections = {
         "model": {"num_layers": axes.get("pipeline", 1), "sequence_length": 8, **model},
         "parallel": {**axes, "zero_stage": zero_stage},
+        "feed_forward": {
+            "selection": "threshold",
+            "threshold_warmup": 2,
+            "segment_length": 4,
+            "segment_experts": 6,
+        },
+        "attention": {"balance": ["bias"]},
         "training": {
             "steps": steps,
             "precision": precision,
@@ -146,6 +153,8 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     tensors, resumed = (_tensors(Path(c.run_dir), steps) for c in (straight, broken))
     assert tensors.keys() == resumed.keys()
     assert any(key.endswith("/master") for key in tensors) == (precision == "bf16")
+    learned = {"Threshold/threshold", "Threshold/spread", "Threshold/steps", "LoadBias/bias"}
+    assert learned == {"/".join(key.split("/")[2:]) for key in tensors if "router/" in key}
     for key, tensor_before in tensors.items():
         assert tensor_before.dtype == resumed[key].dtype
         assert torch.equal(tensor_before, resumed[key]), key

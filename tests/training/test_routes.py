@@ -167,7 +167,7 @@ def take_steps(config: RunConfig, validate: bool = False) -> Steps:
             passes.clear()
             assert all(block.tape is None for block in trainer.model.routed_blocks().values())
             if validate:
-                seen.validation.append(trainer.evaluate("validation"))
+                seen.validation.append(trainer.evaluate("validation").loss)
     return seen
 
 

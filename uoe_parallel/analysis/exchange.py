@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,15 @@ def sample_exchange(
     tokens: int,
     num_experts: int,
     top_k: int,
+    shared: Collection[int] = (),
     rank: int,
     num_ranks: int,
     seed: int,
     name: str = "",
     skew: float = 0.0,
 ) -> ExchangeSizes:
-    """The sizes of a drawn exchange: each token of each rank chooses `top_k` of the experts.
+    """The sizes of a drawn exchange: each token of each rank chooses `top_k` of the experts, beside
+    the shared ones that all visit.
 
     tokens: of each rank. Choices are independent and without repetition: even, or with a `skew`
     of Zipf's law, under which the i-th most popular expert is i^-skew times as likely as the first.
@@ -64,17 +66,19 @@ def sample_exchange(
     ranks of a group draw one and the same exchange, each for itself, with one rank's choices in
     memory at a time.
     """
-    assert num_experts % num_ranks == 0 and top_k <= num_experts
+    assert num_experts % num_ranks == 0 and top_k <= num_experts - len(shared)
     popular_E = torch.randperm(num_experts, generator=_generator(f"{seed}/{name}/experts"))
     rates_E = (1.0 + popular_E).pow(-skew)
+    shared_E = torch.tensor([expert in shared for expert in range(num_experts)])
 
     def mask_of(source: int) -> Tensor:
         generator = _generator(f"{seed}/{name}/{source}")
         # Of clocks that tick at these rates, the first to tick are a weighted draw.
         ticks_TE = torch.empty(tokens, num_experts).exponential_(generator=generator) / rates_E
+        ticks_TE[:, shared_E] = torch.inf
         chosen_TK = ticks_TE.topk(top_k, largest=False).indices
         mask_TE = torch.zeros(tokens, num_experts, dtype=torch.bool)
-        return mask_TE.scatter_(1, chosen_TK, True)
+        return mask_TE.scatter_(1, chosen_TK, True) | shared_E
 
     return ExchangeSizes.of_masks(mask_of, rank, num_ranks)
 

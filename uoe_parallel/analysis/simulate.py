@@ -26,10 +26,11 @@ from uoe_parallel.analysis.traffic import (
 from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.config.faults import report
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
+from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import LoopBackend
 from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import ParallelGroups, start_groups
@@ -89,10 +90,10 @@ def simulated_groups(layout: ParallelLayout, rank: int) -> Iterator[ParallelGrou
 def build_stage(
     config: RunConfig, groups: ParallelGroups, vocab_size: int | None = None
 ) -> LanguageModel:
-    """This rank's stage on meta tensors. `vocab_size` is that of the tokenizer, which is built for
-    its size if none is given."""
+    """This rank's stage on meta tensors. `vocab_size` is the number of ids that it reads; the
+    tokenizer is built for it if none is given."""
     if vocab_size is None:
-        vocab_size = build_tokenizer(config.data.tokenizer).size
+        vocab_size = num_model_ids(build_tokenizer(config.data.tokenizer), config.model.task)
     with torch.device("meta"):
         return LanguageModel(
             config,
@@ -152,8 +153,9 @@ def sample_exchanges(
     def sample(name: str, block: RoutedBlock) -> ExchangeSizes:
         return sample_exchange(
             tokens=tokens,
-            num_experts=block.router_weight.shape[0],
-            top_k=block.routing.top_k,
+            num_experts=block.router.num_experts,
+            top_k=block.routing.chosen_experts,
+            shared=block.router.shared,
             rank=block.expert_group.rank(),
             num_ranks=block.expert_group.size(),
             seed=seed,
@@ -185,8 +187,10 @@ def _shapes(model: LanguageModel, config: RunConfig) -> dict[str, tuple[int, ...
     if model.groups.is_first_stage:
         shapes["token ids"] = (batch, length)
     shapes["hidden states"] = (length // model.num_shards, batch, config.model.hidden_size)
-    if model.head is not None:
+    if isinstance(model.head, VocabularyHead):
         shapes["logits"] = (length, batch, model.head.logits.output_size_per_partition)
+    elif model.head is not None:
+        shapes["logits"] = (batch, len(model.head.bias))
     return shapes
 
 

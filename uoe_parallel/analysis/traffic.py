@@ -20,9 +20,12 @@ from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.reduction import gradient_traffic
 from uoe_parallel.analysis.transfer import Phase, Transfer, group_ranks, merged, times
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.routing.level import Level
 from uoe_parallel.training.engine import DTYPES
 
 Exchanges = Mapping[str, Sequence[ExchangeSizes]]
@@ -31,6 +34,7 @@ micro-batch of the step."""
 
 _COUNT = 8  # bytes of an int64, and of an fp64
 _BALANCE = "balance counts"
+_SCORES = "routing scores"
 
 
 def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) -> list[Transfer]:
@@ -43,6 +47,7 @@ def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) 
         times(chain(passes.fixed(), _between_stages(model, passes)), number),
         _pipeline_loss(model, passes),
         passes.exchanged(exchanges, number),
+        _moved_rules(model),
         gradient_traffic(model, config, number),
     )
     ranks = group_ranks(model.groups)
@@ -71,6 +76,7 @@ class _Passes:
     def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         dtype = DTYPES[config.training.precision]
         self.model = model
+        self.config = config
         self.sharded = model.sequence_parallel
         self.tensor_size = model.groups.tensor.size()
         self.sequences = config.training.micro_batch_size
@@ -95,6 +101,7 @@ class _Passes:
     def fixed(self) -> Iterator[Transfer]:
         """All that does not depend on routes."""
         model = self.model
+        yield from self._documents()
         if model.groups.is_first_stage:
             yield from self._embedding()
         for layer in model.layers.values():
@@ -103,8 +110,14 @@ class _Passes:
                 yield from self._repeated(chain(self._norm(), self._block(block)))
         if model.groups.is_last_stage:
             yield from self._norm()
-            yield from self._column_parallel("head")
-            yield from self._loss()
+            yield from self._head()
+
+    def _documents(self) -> Iterator[Transfer]:
+        """What the sequences that meet in a wide expert group tell each other."""
+        groups = self.model.groups
+        if self.config.has_documents and groups.expert.size() > groups.tensor.size():
+            payload = self.tokens * _COUNT
+            yield Transfer("documents", "forward", "expert", "all_gather", 1, payload)
 
     def exchanged(self, exchanges: Exchanges, number: int) -> Iterator[Transfer]:
         """What travels to experts and back, in all `number` micro-batches."""
@@ -176,26 +189,50 @@ class _Passes:
 
     def _routing(self, block: RoutedBlock) -> Iterator[Transfer]:
         """Of a routed block, but for its exchange."""
-        experts = block.router_weight.shape[0]
-        if self.sharded:
-            yield from self._replicated_weight(self.precise * experts * self.width)
-            counts = _COUNT * self.sequences * experts
-            yield self._reduce(_BALANCE, "forward", counts)
+        for level in block.router.levels.values():
+            yield from self._level(level, block.router.num_routed)
         if not block.spreads_tokens:
-            gates = self.tokens * experts * self.precise
+            gates = self.tokens * block.router.num_experts * self.precise
             yield self._reduce("replicated rows", "forward", self.whole)
             yield self._reduce("replicated rows", "backward", self.whole)
             yield self._reduce("replicated gates", "backward", gates)
+
+    def _level(self, level: Level, experts: int) -> Iterator[Transfer]:
+        """Of one decision of a router."""
+        scopes = {rule.scope for rule in level.balance}
+        if "batch" in scopes:
+            yield Transfer(_BALANCE, "forward", "data", "all_reduce", 1, _COUNT * experts)
+        if not self.sharded:
+            return
+        yield from self._replicated_weight(self.precise * experts * self.width)
+        if scopes - {"none"}:
+            yield self._reduce(_BALANCE, "forward", _COUNT * self.sequences * experts)
+        scores = self.tokens * experts * self.precise
+        share = scores // self.tensor_size
+        length = self.tokens // self.sequences
+        documents = Documents.whole(length, 1, torch.device("cpu"))
+        units = level.units(replace(documents, one_each=not self.config.has_documents))
+        if not level.scores_lie_within(units, length // self.tensor_size):
+            yield Transfer(_SCORES, "forward", "tensor", "all_gather", 1, share)
+            yield Transfer(_SCORES, "backward", "tensor", "reduce_scatter", 1, scores)
+        if not level.chooses_by_unit:
+            yield Transfer(_SCORES, "forward", "tensor", "all_gather", 1, share)
 
     def _replicated_weight(self, size: int) -> Iterator[Transfer]:
         """The gradient of a whole weight that meets a shard of the tokens."""
         if self.sharded:
             yield self._reduce("gradients of replicated weights", "backward", size)
 
-    def _loss(self) -> Iterator[Transfer]:
+    def _head(self) -> Iterator[Transfer]:
         head = self.model.head
-        assert head is not None
-        if self.element == 8:  # see LanguageModel.losses
+        if isinstance(head, VocabularyHead):
+            yield from self._column_parallel("head")
+            yield from self._loss(head)
+        elif self.sharded:
+            yield self._reduce("head", "forward", self.sequences * self.width * self.precise)
+
+    def _loss(self, head: VocabularyHead) -> Iterator[Transfer]:
+        if self.element == 8:  # see VocabularyHead.losses
             vocabulary = head.logits.output_size // self.tensor_size
             payload = self.tokens * vocabulary * self.element
             yield Transfer("loss", "forward", "tensor", "all_gather", 1, payload)
@@ -234,6 +271,16 @@ def _pipeline_loss(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
         yield Transfer("DeepSpeed's loss", "step", "data", "all_reduce", 1, passes.precise)
     told = 2 * 4 if groups.is_last_stage else 0
     yield Transfer("DeepSpeed's loss", "step", "pipe", "broadcast", 1, told)
+
+
+def _moved_rules(model: LanguageModel) -> Iterator[Transfer]:
+    """What routing rules learn from a step."""
+    rules = [rule for b in model.routed_blocks().values() for rule in b.router.running]
+    size = sum(rule.observed.numel() for rule in rules) * _COUNT
+    if rules:
+        yield Transfer("routing rules", "step", "data", "all_reduce", 1, size)
+    if rules and model.sequence_parallel:
+        yield Transfer("routing rules", "step", "tensor", "all_reduce", 1, size)
 
 
 def _bookkeeping() -> Iterator[Transfer]:

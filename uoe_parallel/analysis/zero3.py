@@ -12,7 +12,8 @@ from torch import nn
 from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.transfer import Phase
 from uoe_parallel.model.block import DenseBlock
-from uoe_parallel.model.language_model import Head, TransformerBlock
+from uoe_parallel.model.heads import VocabularyHead
+from uoe_parallel.model.language_model import TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Coordinator:
         others = []
         if isinstance(module, DenseBlock):
             others.append(module.experts.output_bias)
-        if isinstance(module, Head):
+        if isinstance(module, VocabularyHead):
             others.append(self.tied)
         # DeepSpeed learns of parameters of other modules by finding them gone.
         params.update(p for p in others if p is not None and p not in self.kept_whole)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
+from uoe_parallel.config.routing_checks import is_routed, kv_fields, routing_fits
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 
 Rule = Callable[[RunConfig], Iterable[Fault]]
-
-_KV_FIELDS = ("model.num_kv_heads", "model.num_heads")
 
 
 def _divides(
@@ -49,16 +48,6 @@ def _divisor(value: int, near: int) -> int:
     )
 
 
-def _routed(routing: RoutingConfig) -> bool:
-    return routing.routed_layers not in ("none", [])
-
-
-def _kv_fields(config: RunConfig) -> tuple[str, str]:
-    """The fields that give the number of key/value heads, the one that decides first."""
-    explicit, implied = _KV_FIELDS
-    return (implied, explicit) if config.model.num_kv_heads is None else (explicit, implied)
-
-
 def heads_split_hidden(config: RunConfig) -> Iterator[Fault]:
     """Heads have one whole, even width: rotary positions turn pairs of elements."""
     model = config.model
@@ -80,7 +69,8 @@ def kv_heads_split_heads(config: RunConfig) -> Iterator[Fault]:
     if model.num_heads % model.kv_heads:
         problem = f"does not divide model.num_heads = {model.num_heads}"
         mend = f"use {_divisor(model.num_heads, model.kv_heads)}"
-        yield Fault(_KV_FIELDS, model.kv_heads, problem, mend)
+        fields = ("model.num_kv_heads", "model.num_heads")
+        yield Fault(fields, model.kv_heads, problem, mend)
 
 
 def experts_split_ffn(config: RunConfig) -> Iterator[Fault]:
@@ -89,30 +79,13 @@ def experts_split_ffn(config: RunConfig) -> Iterator[Fault]:
     yield from _divides("model.ffn_size", size, "feed_forward.num_experts", experts)
 
 
-def feed_forward_top_k(config: RunConfig) -> Iterator[Fault]:
-    experts = config.feed_forward.num_experts
-    yield from _top_k("feed_forward", config.feed_forward, experts, "feed_forward.num_experts")
-
-
-def attention_top_k(config: RunConfig) -> Iterator[Fault]:
-    """The experts of attention are its key/value heads."""
-    yield from _top_k("attention", config.attention, config.model.kv_heads, *_kv_fields(config))
-
-
-def _top_k(name: str, routing: RoutingConfig, experts: int, *fields: str) -> Iterator[Fault]:
-    if _routed(routing) and routing.top_k > experts:
-        problem = f"is more than the number of experts, {fields[0]} = {experts}"
-        used = (f"{name}.top_k", f"{name}.routed_layers", *fields)
-        yield Fault(used, routing.top_k, problem, f"use at most {experts}")
-
-
 def ranks_split_experts(config: RunConfig) -> Iterator[Fault]:
     experts = config.feed_forward.num_experts
     yield from _ranks_split("feed_forward.num_experts", experts, "feed_forward", config)
 
 
 def ranks_split_kv_heads(config: RunConfig) -> Iterator[Fault]:
-    field, other = _kv_fields(config)
+    field, other = kv_fields(config)
     yield from _ranks_split(field, config.model.kv_heads, "attention", config, other)
 
 
@@ -123,7 +96,7 @@ def _ranks_split(
     routing: RoutingConfig = getattr(config, kind)
     parallel = config.parallel
     yield from _divides(field, experts, "parallel.tensor", parallel.tensor, *others)
-    wide = parallel.expert is not None and routing.spread == "expert" and _routed(routing)
+    wide = parallel.expert is not None and routing.spread == "expert" and is_routed(routing)
     if wide and experts % parallel.tensor == 0:
         used = ("parallel.tensor", f"{kind}.spread", f"{kind}.routed_layers", *others)
         yield from _divides(field, experts, "parallel.expert", parallel.expert_size, *used)
@@ -206,6 +179,27 @@ def validation_has_data(config: RunConfig) -> Iterator[Fault]:
         fields = ("training.validate_every", "data.validation")
         problem = "asks for validation passes, and data.validation is not given"
         yield Fault(fields, every, problem, "give data.validation, or use 0")
+
+
+def classes_suit_task(config: RunConfig) -> Iterator[Fault]:
+    task, classes = config.model.task, config.model.num_classes
+    fields = ("model.num_classes", "model.task")
+    if task != "classification" and classes is not None:
+        mend = 'leave it out, or set model.task to "classification"'
+        yield Fault(fields, classes, f"means nothing to model.task = {show(task)}", mend)
+    elif task == "classification" and (classes is None or classes < 2):
+        problem = 'leaves nothing to tell apart, as model.task = "classification" is to'
+        yield Fault(fields, classes, problem, "use the number of classes, 2 or more")
+
+
+def classified_documents_are_apart(config: RunConfig) -> Iterator[Fault]:
+    if config.model.task == "classification" and config.data.reset_at_documents:
+        yield Fault(
+            ("data.reset_at_documents", "model.task"),
+            True,
+            'means nothing to model.task = "classification", which reads one document a sequence',
+            "leave it out",
+        )
 
 
 def one_use_of_routes(config: RunConfig) -> Iterator[Fault]:
@@ -298,8 +292,7 @@ RULES: tuple[Rule, ...] = (
     heads_split_hidden,
     kv_heads_split_heads,
     experts_split_ffn,
-    feed_forward_top_k,
-    attention_top_k,
+    routing_fits,
     *PARALLEL_RULES,
     feed_forward_layers,
     attention_layers,
@@ -308,6 +301,8 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     betas_in_range,
     validation_has_data,
+    classes_suit_task,
+    classified_documents_are_apart,
     one_use_of_routes,
     routes_beside_checkpoints,
     passthrough_faults,

@@ -17,7 +17,6 @@ SELECTIONS = MappingProxyType(
         "top_k": f"{_PACKAGE}.selection.top_k:TopK",
         "threshold": f"{_PACKAGE}.selection.threshold:Threshold",
         "expert_choice": f"{_PACKAGE}.selection.expert_choice:ExpertChoice",
-        "all": f"{_PACKAGE}.selection.everything:Everything",
     }
 )
 GATES = MappingProxyType(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
 Precision = Literal["fp32", "bf16", "fp64"]
+Task = Literal["next_token", "masked_token", "classification"]
 
 
 class Section(BaseModel):
@@ -32,17 +33,17 @@ class RoutingConfig(Section):
     top_k: PositiveInt = 2
     """Experts that a patch visits beside the shared ones: exactly so many with top_k, on average
     with threshold and expert_choice."""
-    selection: str = "top_k"
-    """Which experts take which patches: top_k, threshold, expert_choice (bidirectional models), or
-    all, which leaves the choice to the segments' expert selection."""
+    selection: str | None = "top_k"
+    """Which patches visit which experts: top_k, threshold or, in bidirectional models,
+    expert_choice. null leaves the choice to the segments."""
     patch_length: PositiveInt = 1
     """Neighbouring tokens of a document that are routed as one."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """Most patches of a document that an expert takes, over its even share of a whole context,
     top_k / experts: what comes later is dropped. null drops nothing."""
     segment_length: PositiveInt | None = None
-    """Tokens of a segment, a multiple of patch_length. Each keeps segment_experts of the experts,
-    before patches choose among these: in a causal model by the mean of the segment before it."""
+    """Tokens of a segment, a multiple of patch_length. Segments keep segment_experts of the experts
+    before patches choose among these; in a causal model by the mean of the segment before."""
     segment_experts: PositiveInt | None = None
     """Experts that a segment keeps, shared ones not counted; null switches this selection off."""
     shared_experts: NonNegativeInt = 0
@@ -51,7 +52,7 @@ class RoutingConfig(Section):
     """What a chosen expert's result is multiplied by: sigmoid, softmax, softmax_of_chosen, relu."""
     balance: list[str] | None = None
     """Rules that keep experts evenly used: sequence_loss, batch_loss, bias. null means
-    [sequence_loss] where patches choose (top_k, all), and none where the selection balances."""
+    [sequence_loss], but none for threshold and expert_choice, which balance by themselves."""
     balance_loss: NonNegativeFloat = 0.01
     """Weight of the load-balance losses, summed over routed layers."""
     z_loss: NonNegativeFloat = 0.001
@@ -67,6 +68,14 @@ class RoutingConfig(Section):
     spread: Literal["tensor", "expert"] = "tensor"
     """The ranks that share the experts of a routed block: those of a tensor group, or those of an
     expert group (parallel.expert), which may reach over data-parallel ranks."""
+
+    @property
+    def chosen_experts(self) -> int:
+        """Experts that a token visits beside the shared ones, on average and without drops."""
+        if self.selection is not None:
+            return self.top_k
+        assert self.segment_experts is not None
+        return self.segment_experts
 
     def routes(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is routed."""
@@ -102,7 +111,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); null means num_heads."""
     sequence_length: PositiveInt
-    task: Literal["next_token", "masked_token", "classification"] = "next_token"
+    task: Task = "next_token"
     """What the model learns: a causal model to predict each next token, a bidirectional one to
     predict masked tokens or the class of a document."""
     num_classes: PositiveInt | None = None
@@ -111,6 +120,7 @@ class ModelConfig(Section):
     bias: bool = False
     """Biases in the linear layers of both blocks."""
     tie_embeddings: bool = True
+    """Use the embedding's weight in the head as well, where that is over the vocabulary."""
     vocab_multiple: PositiveInt = 8
     """The vocabulary is padded to a multiple of this, which the tensor size must divide."""
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -152,12 +162,18 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where tokens come from: prefixes of megatron .bin/.idx files."""
+    """Where tokens come from: prefixes of megatron .bin/.idx files, for classification with a file
+    <prefix>.labels.npy that has the class of each document."""
 
     train: str
     validation: str | None = None
     test: str | None = None
     tokenizer: Literal["bytes"] = "bytes"
+    reset_at_documents: bool = False
+    """Keep the documents of a sequence apart: attention, positions and routing restart after each
+    end-of-document token. Without it a sequence is read as one document."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Chance of each token of text to be one that the masked_token task predicts."""
 
 
 class TrainingConfig(Section):
@@ -235,6 +251,11 @@ class RunConfig(Section):
     routes: RoutesConfig = RoutesConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether micro-batches say which document each token is of, and which are padding."""
+        return self.data.reset_at_documents or self.model.task == "classification"
 
     @property
     def routed_blocks(self) -> dict[str, int]:

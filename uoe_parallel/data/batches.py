@@ -1,36 +1,30 @@
-"""Which sequences a step trains on, and this data rank's share of them.
+"""Which examples a step trains on, and this data rank's share of them.
 
-Training draws from an endless sequence of epochs, each a permutation of the dataset that
-depends on (seed, epoch) alone. Step t takes the t-th run of `global_batch_size` samples of that
-sequence whatever the layout, the length of the run or where it was resumed, so that the step
-number is all there is to save about the position in the data.
+Training draws from an endless sequence of epochs, each a permutation of the examples that
+depends on (seed, epoch) alone. Step t takes the t-th run of `global_batch_size` of that sequence
+whatever the layout, the length of the run or where it was resumed, so that the step number is all
+there is to save about the position in the data. What is drawn for an example, such as the tokens
+to mask, comes from a stream that depends on (seed, step, row of the global batch) alone.
 
 Shape suffixes: b sequences of a micro-batch, s tokens of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.random import BitGenerator
 from numpy.typing import NDArray
 
+from uoe_parallel.config.schema import Task
 
-class WindowDataset(Protocol):
-    """A fixed list of token windows."""
-
-    @property
-    def sequence_length(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> NDArray[np.int64]:
-        """Window `number`: int64 [sequence_length + 1]."""
-        ...
+_EVALUATION_SEED = 0
+"""Not the run's: runs that differ in their seed alone are evaluated alike."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,10 @@ class MicroBatch:
     tokens: torch.Tensor
     """Inputs: int64 [b, s]."""
     labels: torch.Tensor
-    """The token that follows each input: int64 [b, s]."""
+    """What to predict, int64: of each input the token that follows, or the token that was there
+    before it was masked, [b, s]; or the class of each sequence, [b, 1]."""
     loss_mask: torch.Tensor
-    """Whether the label counts in the loss: bool [b, s]."""
+    """Whether the label counts in the loss: bool, of the labels' shape."""
     documents: torch.Tensor | None = None
     """int64 [b, s]: one id for all tokens of a document, another one for the next, -1 for padding;
     None if every sequence is one document."""
@@ -53,8 +48,28 @@ class MicroBatch:
         return MicroBatch(*moved)  # pyright: ignore[reportArgumentType]
 
 
+class Examples(Protocol):
+    """A fixed list of examples of a task."""
+
+    @property
+    def fingerprint(self) -> list[int]:
+        """Differs, as good as always, between lists that differ."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def micro_batch(
+        self, numbers: Sequence[int], streams: Sequence[BitGenerator], size: int
+    ) -> MicroBatch:
+        """The examples `numbers`, filled up to `size` rows with zeros that count nowhere.
+
+        streams: for each example, where it draws random numbers from.
+        """
+        ...
+
+
 def step_batches(
-    dataset: WindowDataset,
+    examples: Examples,
     step: int,
     *,
     seed: int,
@@ -69,14 +84,21 @@ def step_batches(
     union over data ranks is the same for every `data_size`, and micro-batch i of all ranks
     together is the same for every way to write the same product of the two.
     """
-    numbers = sample_numbers(len(dataset), step, seed=seed, global_batch_size=global_batch_size)
+    numbers = sample_numbers(len(examples), step, seed=seed, global_batch_size=global_batch_size)
     rows = batch_rows(
         global_batch_size,
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
     )
-    return [_micro_batch(dataset, share, micro_batch_size) for share in numbers[rows]]
+    return [
+        examples.micro_batch(
+            numbers[share].tolist(),
+            [random_stream(seed, step, row) for row in share.tolist()],
+            micro_batch_size,
+        )
+        for share in rows
+    ]
 
 
 def batch_rows(
@@ -90,39 +112,49 @@ def batch_rows(
 
 
 def evaluation_batches(
-    dataset: WindowDataset,
+    examples: Examples,
     num_sequences: int,
     *,
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
 ) -> Iterator[MicroBatch]:
-    """This data rank's share of `num_sequences` windows, or of all if there are fewer.
+    """This data rank's share of `num_sequences` examples, or of all if there are fewer.
 
-    The windows are spread evenly over the dataset: the first ones would be one document or two.
+    They are spread evenly over the list: the first windows of a text would be one document or two.
 
     Every rank yields the same number of micro-batches of the same shape, so that all of them
-    enter the same collectives; rows beyond the last window are zeros that count nowhere.
+    enter the same collectives; rows beyond the last example are zeros that count nowhere.
     """
-    total = min(num_sequences, len(dataset))
+    total = min(num_sequences, len(examples))
     assert total > 0
     stride = micro_batch_size * data_size
     for start in range(0, total, stride):
         first = start + data_rank * micro_batch_size
-        share = np.arange(first, max(first, min(first + micro_batch_size, total)))
-        yield _micro_batch(dataset, share * len(dataset) // total, micro_batch_size)
+        share = range(first, max(first, min(first + micro_batch_size, total)))
+        yield examples.micro_batch(
+            [row * len(examples) // total for row in share],
+            [random_stream(_EVALUATION_SEED, row) for row in share],
+            micro_batch_size,
+        )
 
 
-def token_range(micro_batches: Iterable[MicroBatch]) -> tuple[int, int]:
-    """The smallest and largest id among inputs and labels, to be held against the vocabulary."""
-    ids = torch.cat([torch.cat((b.tokens, b.labels)).flatten() for b in micro_batches])
+def token_range(micro_batches: Iterable[MicroBatch], task: Task) -> tuple[int, int]:
+    """The smallest and largest id that the data has, to be held against the tokenizer's."""
+    # Masks are no ids of the data, and neither are classes.
+    read = {
+        "next_token": lambda batch: torch.cat((batch.tokens, batch.labels)),
+        "masked_token": lambda batch: batch.labels,
+        "classification": lambda batch: batch.tokens,
+    }[task]
+    ids = torch.cat([read(batch).flatten() for batch in micro_batches])
     return int(ids.min()), int(ids.max())
 
 
 def sample_numbers(
     num_samples: int, step: int, *, seed: int, global_batch_size: int
 ) -> NDArray[np.int64]:
-    """Window numbers of the global batch of `step` (from 0): int64 [global_batch_size]."""
+    """Numbers of the examples of `step` (from 0): int64 [global_batch_size]."""
     positions = step * global_batch_size + np.arange(global_batch_size)
     epochs, offsets = np.divmod(positions, num_samples)
     numbers = np.empty(global_batch_size, dtype=np.int64)
@@ -139,20 +171,12 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int
     Sorting raw random words instead of shuffling: numpy promises that a bit generator's stream
     stays the same between its versions, but not what its shuffles make of it.
     """
-    stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,)))
-    order = np.argsort(stream.random_raw(num_samples), kind="stable").astype(np.int64)
+    words = random_stream(seed, epoch).random_raw(num_samples)
+    order = np.argsort(words, kind="stable").astype(np.int64)
     order.flags.writeable = False
     return order
 
 
-def _micro_batch(
-    dataset: WindowDataset, numbers: NDArray[np.int64], micro_batch_size: int
-) -> MicroBatch:
-    """The windows `numbers`, filled up to `micro_batch_size` rows with masked zeros."""
-    windows = torch.zeros(micro_batch_size, dataset.sequence_length + 1, dtype=torch.int64)
-    for row, number in enumerate(numbers):
-        windows[row] = torch.from_numpy(dataset[int(number)])
-    tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    loss_mask[: len(numbers)] = True
-    return MicroBatch(tokens, labels, loss_mask)
+def random_stream(seed: int, *place: int) -> BitGenerator:
+    """Random words that depend on the seed and the place they are for, and on nothing else."""
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))

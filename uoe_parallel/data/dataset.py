@@ -1,4 +1,4 @@
-"""Windows of tokens over one megatron .bin/.idx pair.
+"""Megatron's .bin/.idx pairs, checked before they are read, and windows of tokens over one.
 
 Megatron's own GPTDataset is not used: it fixes the order of samples for a given number of them,
 so that a longer run sees another order; it cuts its windows after shuffling the documents, so
@@ -9,6 +9,7 @@ window's number alone says what is in it, and the order is `uoe_parallel.data.ba
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class TokenWindows:
         assert sequence_length > 0
         self.prefix = str(prefix)
         self.sequence_length = sequence_length
-        self.num_tokens = _count_tokens(self.prefix)
+        self.num_tokens = count_tokens(self.prefix)
         if self.num_tokens == 0:
             raise UserError(
                 f"{get_bin_path(self.prefix)}: the corpus is empty; build it from at least "
@@ -56,10 +57,12 @@ class TokenWindows:
                 f"window of model.sequence_length + 1 = {sequence_length + 1}; use a larger "
                 "corpus or a smaller model.sequence_length"
             )
-        try:
-            self._dataset = IndexedDataset(self.prefix, mmap=True)
-        except (AssertionError, IndexError, ValueError) as error:
-            raise _damaged(get_idx_path(self.prefix), f"cannot be read ({error})") from error
+        self._dataset = open_pair(self.prefix)
+
+    @property
+    def fingerprint(self) -> list[int]:
+        """The number of tokens and the first window's checksum."""
+        return [self.num_tokens, zlib.crc32(self[0].tobytes())]
 
     def __len__(self) -> int:
         return (self.num_tokens - 1) // self.sequence_length
@@ -68,15 +71,30 @@ class TokenWindows:
         """Window `number` (from 0): int64 [sequence_length + 1], a copy."""
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
-        dtype = self._dataset.index.dtype
-        offset = number * self.sequence_length * np.dtype(dtype).itemsize
-        tokens = self._dataset.bin_reader.read(dtype, self.sequence_length + 1, offset)
-        # The map is closed with the dataset: a view that outlived it would crash the process.
-        return tokens.astype(np.int64, copy=True)
+        return read_tokens(self._dataset, number * self.sequence_length, self.sequence_length + 1)
 
 
-def _count_tokens(prefix: str) -> int:
-    """Number of tokens in the pair, after checking that its two files are whole and agree."""
+def open_pair(prefix: str) -> IndexedDataset:
+    """The memory-mapped pair, which `count_tokens` has found whole and not empty."""
+    try:
+        return IndexedDataset(prefix, mmap=True)
+    except (AssertionError, IndexError, ValueError) as error:
+        raise _damaged(get_idx_path(prefix), f"cannot be read ({error})") from error
+
+
+def read_tokens(dataset: IndexedDataset, first: int, count: int) -> NDArray[np.int64]:
+    """`count` tokens from token `first` of the .bin file on: int64 [count], a copy."""
+    dtype = dataset.index.dtype
+    tokens = dataset.bin_reader.read(dtype, count, first * np.dtype(dtype).itemsize)
+    # The map is closed with the dataset: a view that outlived it would crash the process.
+    return tokens.astype(np.int64, copy=True)
+
+
+def count_tokens(prefix: str) -> int:
+    """Number of tokens in the pair, after checking that its two files are whole and agree.
+
+    Raises UserError if they are not.
+    """
     idx_path, bin_path = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
     for path in (idx_path, bin_path):
         if not path.is_file():

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from uoe_parallel.config.schema import Task
 from uoe_parallel.errors import UserError
 
 
@@ -16,7 +17,10 @@ class Tokenizer(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of token ids; every id is in [0, size)."""
+        """Number of token ids; every id of text is in [0, size).
+
+        The id `size` is free for models that need one which no text has: see `num_model_ids`.
+        """
         ...
 
     @property
@@ -62,6 +66,12 @@ def build_tokenizer(name: str) -> Tokenizer:
         known = ", ".join(sorted(_TOKENIZERS))
         raise UserError(f"data.tokenizer: {name!r} is not known; choose one of: {known}")
     return _TOKENIZERS[name]()
+
+
+def num_model_ids(tokenizer: Tokenizer, task: Task) -> int:
+    """How many ids a model of `task` reads: those of text, and where it predicts masked tokens one
+    more, the last, which takes their place."""
+    return tokenizer.size + (task == "masked_token")
 
 
 def padded_vocab_size(size: int, multiple: int) -> int:

@@ -73,6 +73,15 @@ class Documents:
         """(S, B)."""
         return self.number_SB.shape
 
+    @property
+    def last_B(self) -> Tensor:
+        """int64: the place of each sequence's last token that is no padding, where each is one
+        document with padding behind it."""
+        length, batch = self.shape
+        if self.real_SB is None:
+            return torch.full((batch,), length - 1, device=self.number_SB.device)
+        return self.real_SB.sum(0) - 1
+
     @cached_property
     def real_tokens(self) -> tuple[Tensor, Tensor]:
         """Place s * B + b of each token that is no padding, document after document, and the

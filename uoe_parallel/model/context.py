@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
+from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 
@@ -21,6 +23,12 @@ class Context:
     expert_group: Documents
     """Of all sequences whose tokens meet in an expert group, in the order of its ranks: the same
     object where that is the tensor group."""
+    memory: DecodingMemory | None = None
+    """What was computed of the tokens before, while text is decoded."""
+
+    def cache_of(self, block: nn.Module) -> KeyValueCache | None:
+        """The keys and values that a block keeps, while text is decoded."""
+        return None if self.memory is None else self.memory.of(block).cache
 
 
 def micro_batch_context(

@@ -1,4 +1,4 @@
-"""The causal language model and the list of layers it is made of."""
+"""The language model and the list of layers it is made of."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -24,14 +19,15 @@ from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.model.dropout import Dropout
+from uoe_parallel.model.heads import ClassHead, VocabularyHead
 from uoe_parallel.model.initialization import Initializer
 from uoe_parallel.model.norm import RMSNorm
 from uoe_parallel.model.stages import stage_layers
-from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
+from uoe_parallel.routing.router import Router
 
 
 class LayerBuilder:
@@ -98,6 +94,27 @@ class LayerBuilder:
         )
         return self._block(experts, num_experts, layer, "feed_forward")
 
+    def head(self, vocab_size: int, used_vocab_size: int) -> VocabularyHead | ClassHead:
+        model, init = self.config.model, self.init.normal("head", self.config.model.init_std)
+        if model.num_classes is not None:
+            return ClassHead(
+                model.hidden_size,
+                model.num_classes,
+                dtype=self.dtype,
+                init=init,
+                group=self.groups.tensor,
+                sequence_parallel=self.groups.layout.sequence_parallel,
+            )
+        return VocabularyHead(
+            model.hidden_size,
+            vocab_size,
+            used_vocab_size,
+            tied=model.tie_embeddings,
+            config=self.megatron,
+            init=init,
+            group=self.groups.tensor,
+        )
+
     def _block(self, experts: nn.Module, num_experts: int, layer: int, kind: str) -> DenseBlock:
         routing = self.config.attention if kind == "attention" else self.config.feed_forward
         tensor, sequence_parallel = self.groups.tensor, self.groups.layout.sequence_parallel
@@ -108,19 +125,25 @@ class LayerBuilder:
             for param in experts.parameters():
                 if partition_dim(param) is not None:
                     mark_wide(param, expert_group)
+        router = Router(
+            routing,
+            num_experts=num_experts,
+            context=self.config.model.sequence_length,
+            causal=self.config.model.causal,
+        )
+        router_std = self.config.model.router_init_std
         return RoutedBlock(
             experts,
             routing,
+            router,
             hidden_size=self.config.model.hidden_size,
-            num_experts=num_experts,
             dtype=self.dtype,
-            router_init=self.init.normal(
-                f"layers.{layer}.{kind}.router", self.config.model.router_init_std
-            ),
+            router_init=lambda name: self.init.normal(f"layers.{layer}.{kind}.{name}", router_std),
             loss_weight_per_sequence=self.groups.layout.data
             / self.config.training.global_batch_size,
             group=tensor,
             expert_group=expert_group,
+            data_group=self.groups.data,
             sequence_parallel=sequence_parallel,
         )
 
@@ -180,34 +203,10 @@ class Embedding(nn.Module):
         return self.dropout(hidden)
 
 
-class Head(nn.Module):
-    """Logits [S, B, V/P] of this rank's part of the vocabulary."""
-
-    def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
-        super().__init__()
-        model = builder.config.model
-        self.tied = model.tie_embeddings
-        self.logits = ColumnParallelLinear(
-            model.hidden_size,
-            vocab_size,
-            config=builder.megatron,
-            init_method=builder.init.normal("head", model.init_std),
-            bias=False,
-            skip_weight_param_allocation=model.tie_embeddings,
-            tp_group=builder.groups.tensor,
-        )
-
-    def forward(self, x_SBD: Tensor, embedding: Embedding | None = None) -> Tensor:
-        """`embedding` is asked for its weight where the two are tied."""
-        # That is done here, inside the module that uses it: ZeRO 3 gathers it for this forward
-        # and backward pass then, and not for longer.
-        assert self.tied == (embedding is not None)
-        weight = embedding.tokens.weight if embedding is not None else None
-        return self.logits(x_SBD, weight=weight)[0]
-
-
 class LanguageModel(nn.Module):
-    """A causal transformer whose blocks are unions of experts, or one pipeline stage of it.
+    """A transformer whose blocks are unions of experts, or one pipeline stage of it.
+
+    Causal or bidirectional, and with the head that the config's task needs.
 
     `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something.
     Parameters have the same names whatever the stage: layers are numbered over the whole model. A
@@ -230,15 +229,18 @@ class LanguageModel(nn.Module):
         self.sequence_parallel = groups.layout.sequence_parallel
         self.num_layers = config.model.num_layers
         self.used_vocab_size = used_vocab_size
-        self.tied = config.model.tie_embeddings
-        self.stage_layers = stage_layers(config, groups.pipe.size(), vocab_size)
+        classifies = config.model.task == "classification"
+        self.tied = config.model.tie_embeddings and not classifies
+        # A class for a whole sequence costs next to nothing.
+        head_size = 0 if classifies else vocab_size
+        self.stage_layers = stage_layers(config, groups.pipe.size(), head_size)
         first, last = groups.is_first_stage, groups.is_last_stage
         self.embedding = Embedding(builder, vocab_size) if first or (last and self.tied) else None
         self.layers = nn.ModuleDict(
             {str(n): TransformerBlock(builder, n) for n in self.stage_layers[groups.stage]}
         )
         self.final_norm = builder.norm() if last else None
-        self.head = Head(builder, vocab_size) if last else None
+        self.head = builder.head(vocab_size, used_vocab_size) if last else None
 
     @property
     def num_shards(self) -> int:
@@ -246,10 +248,10 @@ class LanguageModel(nn.Module):
         return self.groups.tensor.size() if self.sequence_parallel else 1
 
     def stage(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-        """This stage's part: of ids [B, S] on the first, of hidden states elsewhere, to logits
-        [S, B, V/P] on the last and hidden states [S or S/P, B, D] elsewhere."""
+        """This stage's part: of ids [B, S] on the first, of hidden states elsewhere, to the head's
+        logits on the last and hidden states [S or S/P, B, D] elsewhere."""
         hidden = self.hidden(x, documents_BS)
-        return self.logits(hidden) if self.groups.is_last_stage else hidden
+        return self.logits(hidden, documents_BS) if self.groups.is_last_stage else hidden
 
     def hidden(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """Hidden states after this stage's layers, [S or S/P, B, D].
@@ -263,45 +265,67 @@ class LanguageModel(nn.Module):
             x = self.embedding(x)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = micro_batch_context(shape, documents_BS, self.groups, x.device)
+        context = self.context(shape, documents_BS, x.device)
         for layer in self.layers.values():
             x = layer(x, context)
         return x
 
-    def logits(self, x_SBD: Tensor) -> Tensor:
-        """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P]."""
-        assert self.final_norm is not None and self.head is not None
-        return self.head(self.final_norm(x_SBD), self.embedding if self.tied else None)
+    def context(
+        self, shape_BS: tuple[int, int], documents_BS: Tensor | None, device: torch.device
+    ) -> Context:
+        """What the layers need to know of a micro-batch of this shape."""
+        return micro_batch_context(shape_BS, documents_BS, self.groups, device)
 
-    def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), from this rank's
-        part of the vocabulary. The same on every rank of the tensor group."""
-        labels_SB = labels_BS.transpose(0, 1).contiguous()
-        if logits_SBV.dtype is torch.float64:  # which Megatron's would round
-            whole_SBV = comm.gather_last_dim(logits_SBV, self.groups.tensor)
-            return F.cross_entropy(whole_SBV.permute(1, 2, 0), labels_BS, reduction="none")
-        return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
+    def logits(self, x_SBD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """Of the last stage's hidden states [S or S/P, B, D]: [S, B, V/P] of tokens, [B, C] of
+        classes. documents_BS: as in `hidden`."""
+        assert self.final_norm is not None and self.head is not None
+        x_SBD = self.final_norm(x_SBD)
+        if isinstance(self.head, ClassHead):
+            return self.head(x_SBD, documents_BS)
+        tied_to = self.embedding.tokens if self.tied and self.embedding is not None else None
+        return self.head(x_SBD, tied_to)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of every label, nats, [B, S] of tokens or [B, 1] of classes, fp32 (fp64 of
+        fp64 logits). The same on every rank of the tensor group. May overwrite the logits."""
+        assert self.head is not None
+        return self.head.losses(logits, labels)
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses, and which predictions are right, bool of the same shape. The same on every
+        rank of the tensor group. May overwrite the logits."""
+        assert self.head is not None
+        correct = self.head.correct(logits, labels)
+        return self.head.losses(logits, labels), correct
 
     def forward(
         self,
         tokens_BS: Tensor,
-        labels_BS: Tensor | None = None,
+        labels: Tensor | None = None,
         documents_BS: Tensor | None = None,
-    ) -> Tensor:
-        """Cross entropy of every token [B, S], or with no labels the logits of the used vocabulary,
-        [B, S, V]. The same on every rank of the tensor group. For a model of one stage.
+        *,
+        judged: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The `losses` of the labels, if `judged` what `judge` says of them, or with no labels the
+        logits of the used vocabulary, [B, S, V], or of classes, [B, C]. The same on every rank of
+        the tensor group. For a model of one stage.
 
-        tokens_BS, labels_BS: int64 ids below the vocabulary size. With sequence parallelism S
-        must be a multiple of the tensor size. documents_BS: as in `hidden`.
+        tokens_BS: int64 ids below the vocabulary size. With sequence parallelism S must be a
+        multiple of the tensor size. labels: int64, ids [B, S] or classes [B, 1]. documents_BS: as
+        in `hidden`.
         """
         assert self.groups.pipe.size() == 1
-        logits_SBV = self.stage(tokens_BS, documents_BS)
-        return self.whole(logits_SBV) if labels_BS is None else self.losses(logits_SBV, labels_BS)
+        logits = self.stage(tokens_BS, documents_BS)
+        if labels is None:
+            return self.whole(logits)
+        return self.judge(logits, labels) if judged else self.losses(logits, labels)
 
-    def whole(self, logits_SBV: Tensor) -> Tensor:
-        """The logits of the used vocabulary [B, S, V] on every rank of the tensor group."""
-        logits_SBV = comm.gather_last_dim(logits_SBV, self.groups.tensor)
-        return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)
+    def whole(self, logits: Tensor) -> Tensor:
+        """The logits of the used vocabulary [B, S, V], or of classes [B, C], on every rank of the
+        tensor group."""
+        assert self.head is not None
+        return self.head.whole(logits)
 
     def routed_blocks(self) -> dict[str, RoutedBlock]:
         """The routed blocks of this stage by name, in order of depth."""

@@ -75,4 +75,6 @@ def layer_cost(config: RunConfig, layer: int) -> int:
 
 
 def _active(routing: AttentionConfig | FeedForwardConfig, layer: int, num_experts: int) -> float:
-    return routing.top_k / num_experts if routing.routes(layer) else 1.0
+    if not routing.routes(layer):
+        return 1.0
+    return (routing.chosen_experts + routing.shared_experts) / num_experts

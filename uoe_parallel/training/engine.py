@@ -24,7 +24,9 @@ from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit, WideExpert
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.sharding import is_wide
 from uoe_parallel.training.clipping import GradientClipper
+from uoe_parallel.training.evaluation import Evaluation
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
+from uoe_parallel.training.routing_state import move_rules
 from uoe_parallel.training.state import base_optimizer, create_moments
 from uoe_parallel.training.timers import StepTimer
 
@@ -32,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class TrainingEngine:
-    """Optimizer steps on the sum over valid tokens divided by their global count.
+    """Optimizer steps on the sum over the labels that count divided by their global number.
 
     For a model of one stage; `PipelineTrainingEngine` does the same for several.
     """
@@ -89,12 +91,18 @@ class TrainingEngine:
         """Logits of the used vocabulary [B, S, V], the same on every rank."""
         return self.deepspeed(tokens_BS)
 
-    def token_losses(self, batch: MicroBatch) -> Tensor | None:
-        """Cross entropy of every token, nats [b, s]; None where a later stage computes it."""
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Cross entropy of every label, nats, of the labels' shape, for a backward pass. For a
+        model of one stage alone."""
         return self.deepspeed(batch.tokens, batch.labels, batch.documents)
 
-    def count_valid_tokens(self, batches: list[MicroBatch]) -> int:
-        """Tokens that count in this step's loss, over all data ranks."""
+    def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
+        """The losses and which predictions are right, both of the labels' shape; None where a later
+        stage computes them."""
+        return self.deepspeed(batch.tokens, batch.labels, batch.documents, judged=True)
+
+    def count_valid_labels(self, batches: list[MicroBatch]) -> int:
+        """Labels that count in this step's loss, over all data ranks."""
         counts = [batch.loss_mask.sum() for batch in batches]
         return int(comm.sum_over(torch.stack(counts).sum(), self.groups.data))
 
@@ -103,19 +111,22 @@ class TrainingEngine:
     ) -> tuple[float, float, float]:
         """One optimizer step (from 0) on this rank's micro-batches, already on the device.
 
-        Returns the loss in nats per token, the global gradient norm before clipping and the
-        learning rate. A loss or a gradient norm that is not finite is returned as it is, and the
-        run should end: a norm or, with pipeline stages, a loss like that has reached the weights.
+        Returns the loss in nats per label that counts, the global gradient norm before clipping and
+        the learning rate. A loss or a gradient norm that is not finite is returned as it is, and
+        the run should end: a norm or, with pipeline stages, a loss like that has reached the
+        weights.
         """
-        valid_tokens = max(self.count_valid_tokens(batches), 1)
+        valid_labels = max(self.count_valid_labels(batches), 1)
         # DeepSpeed averages gradients over data ranks; a sum over all of them is wanted.
-        scale = self.groups.layout.data / valid_tokens
+        scale = self.groups.layout.data / valid_labels
         rate = set_learning_rates(self.deepspeed.optimizer, step, self.config.training)
-        loss, stepped = self._take_step(batches, scale, valid_tokens, timer)
+        loss, stepped = self._take_step(batches, scale, valid_labels, timer)
+        if stepped:
+            move_rules(self.model.routed_blocks(), self.groups, self.device)
         return loss, self.clipper.norm if stepped else math.nan, rate
 
     def _take_step(
-        self, batches: list[MicroBatch], scale: float, valid_tokens: int, timer: StepTimer
+        self, batches: list[MicroBatch], scale: float, valid_labels: int, timer: StepTimer
     ) -> tuple[float, bool]:
         """The step's loss, and whether the optimizer moved."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
@@ -123,37 +134,37 @@ class TrainingEngine:
         for number, batch in enumerate(batches):
             with timer.part("forward"):
                 losses = self.token_losses(batch)
-                assert losses is not None
                 loss_sum = (losses * batch.loss_mask).sum()
                 total += loss_sum.detach()
             with timer.part("backward"):
                 self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
             if number == len(batches) - 1:
-                loss = self._mean_loss(total, valid_tokens)
+                loss = self._mean_loss(total, valid_labels)
                 if not math.isfinite(loss):
                     return loss, False
             with timer.part("optimizer"):
                 self.deepspeed.step()
         return loss, True
 
-    def _mean_loss(self, total: Tensor, valid_tokens: int) -> float:
+    def _mean_loss(self, total: Tensor, valid_labels: int) -> float:
         """From this rank's sum of losses, 0 on stages that compute none."""
-        return float(comm.sum_over(total, self.groups.data, self.groups.pipe)) / valid_tokens
+        return float(comm.sum_over(total, self.groups.data, self.groups.pipe)) / valid_labels
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> float:
-        """Loss in nats per valid token over all data ranks' batches, in evaluation mode."""
+    def evaluate(self, batches: list[MicroBatch]) -> Evaluation:
+        """Over all data ranks' batches, in evaluation mode."""
         self.deepspeed.eval()
-        totals = torch.zeros(2, device=self.device, dtype=torch.float64)
+        totals = torch.zeros(3, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            losses = self.token_losses(batch)
-            if losses is not None:
-                totals[0] += (losses * batch.loss_mask).sum()
-                totals[1] += batch.loss_mask.sum()
+            judged = self.judged(batch)
+            if judged is not None:
+                for place, values in enumerate((*judged, 1)):
+                    totals[place] += (values * batch.loss_mask).sum()
         self.deepspeed.train()
-        loss_sum, tokens = comm.sum_over(totals, self.groups.data, self.groups.pipe).tolist()
-        return loss_sum / tokens
+        loss, correct, count = comm.sum_over(totals, self.groups.data, self.groups.pipe)
+        # Not a number where nothing counts, such as a text too short for a masked token.
+        return Evaluation(self.config.model.task, float(loss / count), float(correct / count))
 
 
 def _reduce_in_fp64(engine: Any) -> None:

@@ -34,15 +34,15 @@ class PipelineTrainingEngine(TrainingEngine):
     def _model_parallel_unit(self) -> None:
         """The pipeline's own grid is one."""
 
-    def _loss(self, logits_SBV: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    def _loss(self, logits: Tensor, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
         """A micro-batch's part of the step's loss, on the last stage."""
-        labels_BS, mask_BS = labels
-        loss_sum = (self.model.losses(logits_SBV, labels_BS) * mask_BS).sum()
+        labels, mask = labels_and_mask
+        loss_sum = (self.model.losses(logits, labels) * mask).sum()
         self._total += loss_sum.detach()
         return loss_sum * self._scale
 
     def _take_step(
-        self, batches: list[MicroBatch], scale: float, valid_tokens: int, timer: StepTimer
+        self, batches: list[MicroBatch], scale: float, valid_labels: int, timer: StepTimer
     ) -> tuple[float, bool]:
         # DeepSpeed's pipeline divides by the number of micro-batches.
         self._scale = scale * len(batches)
@@ -52,11 +52,11 @@ class PipelineTrainingEngine(TrainingEngine):
             self.deepspeed.train_batch(
                 iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
             )
-        return self._mean_loss(self._total, valid_tokens), True
+        return self._mean_loss(self._total, valid_labels), True
 
-    def token_losses(self, batch: MicroBatch) -> Tensor | None:
-        logits_SBV = self._relay(batch.tokens, batch.documents)
-        return None if logits_SBV is None else self.model.losses(logits_SBV, batch.labels)
+    def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
+        logits = self._relay(batch.tokens, batch.documents)
+        return None if logits is None else self.model.judge(logits, batch.labels)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         logits_SBV = self._relay(tokens_BS)
@@ -68,8 +68,8 @@ class PipelineTrainingEngine(TrainingEngine):
         return comm.broadcast(whole_BSV, self.groups.pipe.size() - 1, self.groups.pipe)
 
     def _relay(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor | None:
-        """One forward pass over the stages, without gradients: the last one's logits [S, B, V/P],
-        None elsewhere. Passes that follow each other overlap."""
+        """One forward pass over the stages, without gradients: the last one's logits, None
+        elsewhere. Passes that follow each other overlap."""
         groups, stage = self.groups, self.groups.stage
         x = tokens_BS
         if not groups.is_first_stage:

@@ -2,7 +2,8 @@
 
 Every parameter has the entries "<name>/weight" (in the model's dtype), "<name>/exp_avg" and
 "<name>/exp_avg_sq", and in bf16 runs "<name>/master", the fp32 weight: full tensors, described by
-global shape and offset, whatever ZeRO stage and layout held them.
+global shape and offset, whatever ZeRO stage and layout held them. Routing rules that move between
+steps have entries of their own (`routing_state`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.random import random_setters, random_states
 from uoe_parallel.parallel.sharding import Shard, is_owner, named_shards
+from uoe_parallel.training.routing_state import capture_rules, restore_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -86,8 +89,10 @@ def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     return {param: param for param in engine.module.parameters()}
 
 
-def capture(engine: Any, model: nn.Module, groups: ParallelGroups, *, masters: bool) -> list[Piece]:
-    """The pieces this rank has to write: weights, moments, masters, random state.
+def capture(
+    engine: Any, model: LanguageModel, groups: ParallelGroups, *, masters: bool
+) -> list[Piece]:
+    """The pieces this rank has to write: weights, moments, masters, routing rules, random state.
 
     Collective over the ranks that hold the same parts: ZeRO's partitions are put together
     parameter by parameter. Of these ranks the first writes.
@@ -99,13 +104,14 @@ def capture(engine: Any, model: nn.Module, groups: ParallelGroups, *, masters: b
             if writes:
                 local = full.detach().cpu().reshape(shard.shape).clone()
                 pieces.append(Piece(f"{name}/{kind}", local, shard.global_shape, shard.offsets))
+    pieces += capture_rules(model.routed_blocks(), groups)
     for key, state in random_states(groups).items():
         pieces.append(Piece.whole(key, state))
     return pieces
 
 
 def restore(
-    engine: Any, model: nn.Module, groups: ParallelGroups, reader: CheckpointReader
+    engine: Any, model: LanguageModel, groups: ParallelGroups, reader: CheckpointReader
 ) -> None:
     """Load what `capture` saved. Collective over all ranks."""
     for _, tensor in _stepped_tensors(engine):
@@ -130,6 +136,7 @@ def restore(
     with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
         if failure is not None:
             raise failure
+        restore_rules(model.routed_blocks(), reader)
     for key, setter in random_setters(groups).items():
         # A layout with more ranks than the saved one keeps the state its seed gave it.
         if key in saved:

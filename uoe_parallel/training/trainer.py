@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -22,8 +21,8 @@ from uoe_parallel.data.batches import (
     step_batches,
     token_range,
 )
-from uoe_parallel.data.dataset import TokenWindows
-from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
+from uoe_parallel.data.examples import open_examples
+from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import choose_backend
 from uoe_parallel.model.language_model import LanguageModel
@@ -35,8 +34,9 @@ from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES
+from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample
-from uoe_parallel.training.metrics import Kind, MetricsWriter, Values, bits_per_byte
+from uoe_parallel.training.metrics import Kind, MetricsWriter, Values
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import routing_report
@@ -55,6 +55,8 @@ FIXED = (
     "attention.routed_layers",
     "seed",
     "data.tokenizer",
+    "data.reset_at_documents",
+    "data.mask_probability",
     "training.global_batch_size",
     "training.precision",
 )
@@ -67,10 +69,10 @@ Split = Literal["validation", "test"]
 class RunSummary:
     """What a finished run ends with."""
 
-    losses: dict[Split, float]
-    """Nats per token of each split that the config has data for."""
-    text: str
-    """Sampled from the model."""
+    evaluations: dict[Split, Evaluation]
+    """Of each split that the config has data for."""
+    text: str | None
+    """Sampled from the model, if it predicts next tokens."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +98,28 @@ class Trainer:
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
-        length = config.model.sequence_length
         evaluated: dict[Split, str | None] = {
             "validation": config.data.validation,
             "test": config.data.test,
         }
+        self.evaluated: dict[Split, str] = {
+            split: prefix for split, prefix in evaluated.items() if prefix is not None
+        }
+        """Where the data of each split is."""
         with shared_fate("the corpora cannot be read", "See to the named file", groups.world):
-            self.train_data = TokenWindows(config.data.train, length)
-            self.evaluation_data: dict[Split, TokenWindows] = {
-                split: TokenWindows(prefix, length)
-                for split, prefix in evaluated.items()
-                if prefix is not None
+            self.train_data = open_examples(config.data.train, config, self.tokenizer)
+            self.evaluation_data = {
+                split: open_examples(prefix, config, self.tokenizer)
+                for split, prefix in self.evaluated.items()
             }
         precision = DTYPES[config.training.precision]
         backend = choose_backend(device.torch_device, precision)
+        num_ids = num_model_ids(self.tokenizer, config.model.task)
         self.model = LanguageModel(
             config,
             groups,
-            vocab_size=padded_vocab_size(self.tokenizer.size, config.model.vocab_multiple),
-            used_vocab_size=self.tokenizer.size,
+            vocab_size=padded_vocab_size(num_ids, config.model.vocab_multiple),
+            used_vocab_size=num_ids,
             backend=backend,
             # DeepSpeed rounds the model to bf16 itself, and makes masters of what is left.
             dtype=torch.promote_types(precision, torch.float32),
@@ -149,12 +154,15 @@ class Trainer:
                     self.save()
 
     def finish(self) -> RunSummary:
-        """The last validation and test, and a sample. Collective over all ranks."""
-        losses: dict[Split, float] = {split: self.evaluate(split) for split in self.evaluation_data}
-        text = self.sample_text()
+        """The last validation and test, and a sample if the model predicts next tokens. Collective
+        over all ranks."""
+        evaluations: dict[Split, Evaluation] = {
+            split: self.evaluate(split) for split in self.evaluated
+        }
+        text = self.sample_text() if self.config.model.task == "next_token" else None
         if self.metrics is not None:
             self.metrics.close()
-        return RunSummary(losses, text)
+        return RunSummary(evaluations, text)
 
     def train_step(self) -> StepResult:
         """Take one optimizer step; `step` counts it.
@@ -182,35 +190,32 @@ class Trainer:
         self.step += 1
         return result
 
-    def evaluate(self, split: Split) -> float:
-        """Nats per token on a split that the config has data for, reported."""
-        dataset = self.evaluation_data[split]
+    def evaluate(self, split: Split) -> Evaluation:
+        """On a split that the config has data for, reported."""
         batches = list(
             evaluation_batches(
-                dataset,
+                self.evaluation_data[split],
                 self.config.training.validation_sequences,
                 micro_batch_size=self.config.training.micro_batch_size,
                 data_rank=self.groups.data_rank,
                 data_size=self.groups.layout.data,
             )
         )
-        self._check_tokens(batches, dataset.prefix)
-        loss = self.engine.evaluate(batches)
-        values = {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
-        self._record(split, values)
-        self.console.say(
-            f"{split}: loss {loss:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte "
-            f"after step {self.step}"
-        )
-        return loss
+        self._check_tokens(batches, self.evaluated[split])
+        evaluation = self.engine.evaluate(batches)
+        self._record(split, evaluation.values)
+        self.console.say(f"{split}: loss {evaluation.describe()} after step {self.step}")
+        return evaluation
 
     def sample_text(self) -> str:
         """A continuation of a short prompt. Every rank takes part and gets the same text."""
+        # The end of another document comes before the text, unless documents don't see each other.
+        before = [] if self.config.data.reset_at_documents else [self.tokenizer.eod]
         self.engine.deepspeed.eval()
         with self.model.replicated_tokens():
             ids = sample(
                 self.engine.logits,
-                [self.tokenizer.eod, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
+                [*before, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
                 num_tokens=SAMPLE_TOKENS,
                 context=self.config.model.sequence_length,
                 temperature=SAMPLE_TEMPERATURE,
@@ -278,8 +283,7 @@ class Trainer:
         config = self.config.model_dump(mode="json", exclude=not_of_weights)
         model = {f"model.{name}": value for name, value in config["model"].items()}
         fields = model | {field: reduce(getitem, field.split("."), config) for field in FIXED}
-        first = zlib.crc32(self.train_data[0].tobytes())
-        return fields | {"tokens of data.train and checksum": [self.train_data.num_tokens, first]}
+        return fields | {"tokens of data.train and checksums": self.train_data.fingerprint}
 
     def _check_resumable(self, reader: CheckpointReader) -> None:
         """Refuse a checkpoint of another model or another order of the data."""
@@ -297,7 +301,7 @@ class Trainer:
             )
 
     def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:
-        smallest, largest = token_range(batches)
+        smallest, largest = token_range(batches, self.config.model.task)
         ends = torch.tensor([-smallest, largest], device=self.device.torch_device)
         below, largest = comm.max_over(ends, self.groups.data).tolist()
         if largest >= self.tokenizer.size or below > 0:
@@ -329,7 +333,7 @@ class Trainer:
         )
         values: Values = {
             "loss": result.loss,
-            "bits_per_byte": bits_per_byte(result.loss),
+            **loss_of_text(self.config.model.task, result.loss),
             "gradient_norm": result.gradient_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": self.tokens_per_step / seconds["step"],

@@ -63,11 +63,13 @@ def shrunken(config: RunConfig, *, ranks: int, stages: int) -> RunConfig:
     layers stay, and of every kind (routed or dense, in either block) at least one.
     """
     length, batch = config.model.sequence_length, config.training.global_batch_size
+    # Whole documents have to fit.
+    short = length if config.model.task == "classification" else SHORT_SEQUENCE
     batch = _reduced(batch, SMALL_BATCH, ranks)
     micro = min(config.training.micro_batch_size, SMALL_MICRO_BATCH)
     return with_fields(
         _with_few_layers(config, max(stages, FEW_LAYERS)),
-        model={"sequence_length": _reduced(length, SHORT_SEQUENCE, ranks)},
+        model={"sequence_length": _reduced(length, short, ranks)},
         training={
             "global_batch_size": batch,
             "micro_batch_size": largest_divisor(batch, at_most=micro),

@@ -1,0 +1,137 @@
+"""What the last stage makes of hidden states: logits, losses, and which predictions are right.
+
+Shape suffixes, beside those of the package: V ids of the vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.experts.slices import InitMethod
+from uoe_parallel.parallel import comm
+
+
+class VocabularyHead(nn.Module):
+    """A token at every position: logits [S, B, V/P] of this rank's part of the vocabulary."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        used_vocab_size: int,
+        *,
+        tied: bool,
+        config: ModelParallelConfig,
+        init: InitMethod,
+        group: ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.used_vocab_size = used_vocab_size
+        self.tied = tied
+        self.group = group
+        self.logits = ColumnParallelLinear(
+            hidden_size,
+            vocab_size,
+            config=config,
+            init_method=init,
+            bias=False,
+            skip_weight_param_allocation=tied,
+            tp_group=group,
+        )
+
+    def forward(self, x_SBD: Tensor, embedding: VocabParallelEmbedding | None = None) -> Tensor:
+        """`embedding` is asked for its weight where the two are tied."""
+        # That is done here, inside the module that uses it: ZeRO 3 gathers it for this forward
+        # and backward pass then, and not for longer.
+        assert self.tied == (embedding is not None)
+        weight = embedding.weight if embedding is not None else None
+        return self.logits(x_SBD, weight=weight)[0]
+
+    def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), the same on every
+        rank of the tensor group. Megatron overwrites fp32 logits."""
+        labels_SB = labels_BS.transpose(0, 1).contiguous()
+        if logits_SBV.dtype is torch.float64:  # which Megatron's would round
+            whole_SBV = comm.gather_last_dim(logits_SBV, self.group)
+            return F.cross_entropy(whole_SBV.permute(1, 2, 0), labels_BS, reduction="none")
+        return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
+
+    @torch.no_grad()
+    def correct(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Whether the label has the highest logit: bool [B, S], the same on every rank of the
+        tensor group."""
+        own = logits_SBV.max(-1)
+        highest_SB = comm.max_over(own.values, self.group)
+        first = self.group.rank() * logits_SBV.shape[-1]
+        # Of ranks that tie, the last one's: one guess, whatever the logits.
+        guess_SB = torch.where(own.values == highest_SB, own.indices + first, -1)
+        return comm.max_over(guess_SB, self.group).transpose(0, 1) == labels_BS
+
+    def whole(self, logits_SBV: Tensor) -> Tensor:
+        """The logits of the used vocabulary [B, S, V] on every rank of the tensor group."""
+        logits_SBV = comm.gather_last_dim(logits_SBV, self.group)
+        return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)
+
+
+class ClassHead(nn.Module):
+    """A class for every sequence: a linear layer of the mean hidden state of its real tokens.
+
+    Logits are fp32 (fp64 of fp64 hidden states), [B, C], whole and the same on every rank of the
+    tensor group, as are the parameters. What these meet is summed over the sequence's shards
+    before, so every rank computes the whole of their gradients, and nothing is left to sum.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_classes: int,
+        *,
+        dtype: torch.dtype,
+        init: InitMethod,
+        group: ProcessGroup,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(num_classes, hidden_size)
+        init(weight)
+        self.weight = nn.Parameter(weight.to(dtype))
+        self.bias = nn.Parameter(torch.zeros(num_classes, dtype=dtype))
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, x_SBD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """x_SBD: [S or S/P, B, D]. documents_BS: int64, negative for padding, None if there is
+        none. A sequence of nothing but padding has the mean 0."""
+        shards = self.group.size() if self.sequence_parallel else 1
+        if documents_BS is None:
+            documents_BS = x_SBD.new_zeros(x_SBD.shape[1], x_SBD.shape[0] * shards)
+        real_SB = (documents_BS >= 0).transpose(0, 1)
+        count_B1 = real_SB.sum(0).clamp(min=1).unsqueeze(-1)
+        precise = torch.promote_types(x_SBD.dtype, torch.float32)
+        own_SB1 = real_SB.chunk(shards)[self.group.rank() if shards > 1 else 0].unsqueeze(-1)
+        sum_BD = x_SBD.to(precise).masked_fill(~own_SB1, 0).sum(0)
+        if shards > 1:
+            # Its backward pass hands every rank the gradient of the sum, which each has whole.
+            sum_BD = comm.sum_forward(sum_BD, self.group)
+        return F.linear(sum_BD / count_B1, self.weight.to(precise), self.bias.to(precise))
+
+    def losses(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
+        """Cross entropy of every sequence, nats [B, 1]."""
+        return F.cross_entropy(logits_BC, labels_B1.squeeze(1), reduction="none").unsqueeze(1)
+
+    def correct(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
+        """Whether the label has the highest logit: bool [B, 1]."""
+        return logits_BC.argmax(1, keepdim=True) == labels_B1
+
+    def whole(self, logits_BC: Tensor) -> Tensor:
+        """As they are."""
+        return logits_BC
