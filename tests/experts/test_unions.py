@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.harness import Ranks
 from tests.unions import (
@@ -22,18 +20,15 @@ from tests.unions import (
     layout_id,
     local,
     named_weights,
-    run_experts,
     start,
     weight_gradients,
 )
+from uoe_parallel.config.rules import GATES
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.experts.cache import KeyValueCache
-from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
-from uoe_parallel.model.context import Context
+from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout
-from uoe_parallel.routing.gates import GATES
-from uoe_parallel.routing.router import Routing
+from uoe_parallel.routing.router import Router
 
 SPECS: list[Spec] = [
     MLPSpec(activation="gelu", bias=False),
@@ -54,6 +49,9 @@ PROBLEMS = [
     for n in [spec.num_experts]
 ]
 PACKED = [replace(problem, packed=True) for problem in PROBLEMS[5:]]
+CASES = [(problem, tuple(GATES)) for problem in PROBLEMS]
+CASES += [(problem, ("sigmoid",)) for problem in PACKED]
+"""Problems, and the gates with which each is routed."""
 LAYOUTS = [
     ParallelLayout(1, 1, 1, 1, sequence_parallel=False, zero_stage=0),
     ParallelLayout(2, 2, 1, 2, sequence_parallel=False, zero_stage=0),
@@ -71,16 +69,18 @@ def _dense_block(problem: Problem, groups: ParallelGroups) -> DenseBlock:
 def _all_on(problem: Problem, groups: ParallelGroups, gate: str) -> RoutedBlock:
     """A router of zeros with every expert chosen."""
     num_experts = problem.spec.num_experts
+    routing = RoutingConfig(top_k=num_experts, gate=gate)
     return RoutedBlock(
         build(problem, groups),
-        RoutingConfig.model_validate({"top_k": num_experts, "gate": gate}),
+        routing,
+        Router(routing, num_experts=num_experts, context=problem.length, causal=True),
         hidden_size=problem.spec.hidden_size,
-        num_experts=num_experts,
         dtype=torch.float64,
-        router_init=torch.zero_,
+        router_init=lambda _: torch.zero_,
         loss_weight_per_sequence=1.0,
         group=groups.tensor,
         expert_group=groups.expert,
+        data_group=groups.data,
         sequence_parallel=groups.layout.sequence_parallel,
     )
 
@@ -94,51 +94,15 @@ def _run(block: DenseBlock, problem: Problem, groups: ParallelGroups) -> Outcome
     return {"y": y.detach(), "x": x.grad, **weight_gradients(block.experts, groups)}  # pyright: ignore[reportArgumentType]
 
 
-class _AllSelected(DenseBlock):
-    """Every token that is no padding visits every expert with a gate of one."""
-
-    def __init__(self, problem: Problem, groups: ParallelGroups) -> None:
-        sharded = groups.layout.sequence_parallel
-        super().__init__(build(problem, groups), group=groups.tensor, sequence_parallel=sharded)
-        self.mask = local(problem.tensors().mask, groups)
-        self.groups = groups
-
-    def forward(
-        self, x_SBD: Tensor, context: Context, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        union: Union = self.experts  # pyright: ignore[reportAssignmentType]
-        y_SBD = run_experts(
-            x_SBD,
-            Routing(self.mask, self.mask.to(x_SBD.dtype).requires_grad_()),
-            partial(union, documents=context.expert_group),
-            self.groups,
-            context.expert_group,
-            needs_all_rows=union.needs_all_rows,
-        )
-        return self.add_bias(y_SBD)
-
-
-def _run_packed(layout: ParallelLayout) -> list[dict[str, Outcome]]:
-    """Each problem with packed documents, dense and routed."""
-    groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
-    return [
-        {
-            "dense": _run(_dense_block(problem, groups), problem, groups),
-            "routed": _run(_AllSelected(problem, groups), problem, groups),
-        }
-        for problem in PACKED
-    ]
-
-
 def _run_all(layout: ParallelLayout) -> list[dict[str, Outcome]]:
     """Each problem by Megatron's dense linears, and routed with each gate."""
     groups = start(layout.tensor, sequence_parallel=layout.sequence_parallel)
     return [
         {
             "dense": _run(_dense_block(problem, groups), problem, groups),
-            **{gate: _run(_all_on(problem, groups, gate), problem, groups) for gate in GATES},
+            **{gate: _run(_all_on(problem, groups, gate), problem, groups) for gate in gates},
         }
-        for problem in PROBLEMS
+        for problem, gates in CASES
     ]
 
 
@@ -151,26 +115,13 @@ def _round_trip(layout: ParallelLayout) -> list[Outcome]:
 def test_all_experts_with_gates_of_one_are_the_dense_block(
     ranks: Ranks, layout: ParallelLayout
 ) -> None:
+    """Padding does not come out of attention, dense or routed, but for the output bias."""
     by_rank = ranks(layout.world_size).run(_run_all, layout)
-    for i, problem in enumerate(PROBLEMS):
-        for path in ("dense", *GATES):
+    for i, (problem, gates) in enumerate(CASES):
+        assert problem.packed == bool((problem.tensors().ids < 0).any())
+        for path in ("dense", *gates):
             found = [outcomes[i][path] for outcomes in by_rank]
             assert_equal_to(expected_dense(problem), found, layout, (path, problem))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
-def test_all_experts_are_the_dense_block_of_packed_documents(
-    ranks: Ranks, layout: ParallelLayout
-) -> None:
-    """Padding does not come out of the experts; it still gets the output bias."""
-    by_rank = ranks(layout.world_size).run(_run_packed, layout)
-    for i, problem in enumerate(PACKED):
-        expected = expected_dense(problem)
-        padding = problem.tensors().ids.t() < 0
-        assert padding.any()
-        for path in ("dense", "routed"):
-            found = [outcomes[i][path] for outcomes in by_rank]
-            assert_equal_to(expected, found, layout, (path, problem))
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
