@@ -123,6 +123,21 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "attention": {"segment_length": 4, "segment_experts": 3, "selection": None},
         },
     ),
+    "tp2-sp queries": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "attention": {"keys_and_values": "all"},
+            "training": ONE_SEQUENCE | RECOMPUTE,
+        },
+    ),
+    "tp2-sp-dp2-ep4 queries": (
+        4,
+        {
+            "parallel": {"tensor": 2, "expert": 4, "zero_stage": 0},
+            "attention": {"keys_and_values": "all", "spread": "expert"},
+        },
+    ),
     "tp2-sp-dp2-ep4 rules": (
         4,
         {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from uoe_parallel.config.schema import RoutingConfig
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.context import Context
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.routing.router import Router
 
@@ -60,7 +61,7 @@ RULES += [(name, False, rule) for name, rule in BIDIRECTIONAL_RULES.items()]
 
 
 def config_of(rule: dict[str, Any]) -> RoutingConfig:
-    return RoutingConfig(**{"top_k": 2} | rule)
+    return RoutingConfig.model_validate({"top_k": 2} | rule)
 
 
 def scoring_block(
@@ -113,7 +114,7 @@ def packed(length: int, runs: list[list[int]]) -> Tensor:
 
 def decide(block: RoutedBlock, x_SBD: Tensor, documents: Documents) -> tuple[Tensor, Tensor, int]:
     """Mask and gates of this rank's tokens, and how many pairs were dropped."""
-    decisions = block._decide(x_SBD, documents)
+    decisions = block._decide(x_SBD, Context(documents, documents))
     routing = block._routing(decisions, documents)
     dropped = (decisions[-1].chosen_SBE & ~decisions[-1].mask_SBE).detach()
     if documents.real_SB is not None:

@@ -72,7 +72,9 @@ def dropped_outputs(config: RunConfig) -> list[tuple[Tensor, Tensor]]:
     for norm in (block.attention_norm, block.feed_forward_norm):
         norm.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0]))
     tokens = random_tokens(config)
-    sums.append(block(embedding(tokens)))
+    batch, length = tokens.shape
+    context = model.context((batch, length), None, tokens.device)
+    sums.append(block(embedding(tokens), context))
     before, middle, after = sums
     whole = embedding.eval()(tokens)
     return [(whole, before), (outputs[0], middle - before), (outputs[1], after - middle)]

@@ -1,4 +1,4 @@
-"""What must hold of routed blocks (UoE 6.2, 6.3, 6.4) and of the form that decoding uses."""
+"""Rules that need whole sequences, causality of the whole model, and tokens on every rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.model.cases import build_model, own_shard, random_tokens, start
 from tests.tiny import tiny_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.backends import ReferenceBackend
+from uoe_parallel.routing.units import Units
 
 CHANGED_POSITION = 9
 
@@ -21,39 +22,14 @@ def parallel(tensor: int, sequence_parallel: bool) -> dict[str, Any]:
     return {"parallel": {"tensor": tensor, "sequence_parallel": sequence_parallel}}
 
 
-def router_gradients(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each block: pairs of each expert, and the norm of each expert's router column."""
-    groups = start(config)
-    model = build_model(config, groups)
-    tokens = random_tokens(config)
-    model(tokens, tokens.roll(-1, 1)).mean().backward()
-    found = {}
-    for name, block in model.routed_blocks().items():
-        assert block.router_weight.grad is not None
-        found[name] = block.statistics.counts_E, block.router_weight.grad.norm(dim=1)
-    return found
-
-
-@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_router_column_of_every_chosen_expert_has_a_gradient(
-    ranks: Ranks, gate: str, top_k: int
-) -> None:
-    # Without balance losses, which reach every column by themselves.
-    routing = {"gate": gate, "top_k": top_k, "balance_loss": 0.0, "z_loss": 0.0}
-    config = tiny_config(feed_forward=routing, attention=routing)
-    blocks = ranks(1).run(router_gradients, config)[0]
-    assert len(blocks) == 4
-    for counts_E, column_norms_E in blocks.values():
-        assert (column_norms_E[counts_E > 0] > 0).all()
-
-
 class BestOfSequence:
     """Each expert takes its best quarter of a sequence: a rule that needs the whole of it."""
 
-    per_token = False
+    per_unit = False
+    looks_ahead = True
+    balances = True
 
-    def __call__(self, scores_SBE: Tensor) -> Tensor:
+    def __call__(self, scores_SBE: Tensor, units: Units) -> Tensor:
         length = scores_SBE.shape[0]
         best = scores_SBE.topk(length // 4, dim=0).indices
         return torch.zeros_like(scores_SBE, dtype=torch.bool).scatter_(0, best, True)
@@ -62,11 +38,13 @@ class BestOfSequence:
 def output_with_whole_sequence_rule(config: RunConfig, kind: str) -> tuple[Tensor, int]:
     """This rank's part of a block's output, and how many pairs were routed."""
     groups = start(config)
-    block = build_model(config, groups, torch.float64).routed_blocks()[f"layers.1.{kind}"]
-    block.router.select = BestOfSequence()
-    shape = (config.model.sequence_length, 4, config.model.hidden_size)
+    model = build_model(config, groups, torch.float64)
+    block = model.routed_blocks()[f"layers.1.{kind}"]
+    block.router.levels["router_weight"].selection = BestOfSequence()
+    length = config.model.sequence_length
+    shape = (length, 4, config.model.hidden_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    output = block(own_shard(x, groups)).detach()
+    output = block(own_shard(x, groups), model.context((4, length), None, x.device)).detach()
     return output, int(block.statistics.counts_E.sum())
 
 

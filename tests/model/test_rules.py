@@ -40,7 +40,7 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 def route_and_run(block: RoutedBlock, x: Tensor, context: Context) -> Found:
     with torch.no_grad():
-        decisions = block._decide(x, context.documents)
+        decisions = block._decide(x, context)
         routing: Routing = block._routing(decisions, context.documents)
         return routing.mask_SBE, routing.gates_SBE, block(x, context)
 

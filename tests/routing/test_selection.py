@@ -17,7 +17,8 @@ from uoe_parallel.routing.units import Units
 
 
 def units_of(scores_SBE: Tensor, length: int = 1) -> Units:
-    return Units.of(Documents.whole(*scores_SBE.shape[:2], scores_SBE.device), length)
+    tokens, sequences = scores_SBE.shape[:2]
+    return Units.of(Documents.whole(tokens, sequences, scores_SBE.device), length)
 
 
 def top_k(k: int, scores_SBE: Tensor) -> Tensor:

@@ -23,9 +23,13 @@ from tests.tiny import tiny_config
 from uoe_parallel.checkpoint import Piece, find_checkpoint, open_checkpoint, save_checkpoint
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.context import Context
 from uoe_parallel.parallel.groups import distributed, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.routing.level import Decision
+from uoe_parallel.routing.router import Routing
 from uoe_parallel.routing.tape import Player, Recorder, pack, unpack
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.trainer import Trainer
@@ -134,19 +138,19 @@ def write(folder: Path, **sections: Any) -> Path:
 def watch(name: str, block: RoutedBlock, passes: list[Pass]) -> None:
     """Add to `passes` what the block does in training."""
 
-    def select(scores_SBE: Tensor) -> Tensor:
-        mask = RoutedBlock._select(block, scores_SBE)
+    def decide(x_SBD: Tensor, context: Context) -> list[Decision]:
+        decisions = RoutedBlock._decide(block, x_SBD, context)
         if block.training:
             if not passes or name in passes[-1].own:
                 passes.append(Pass({}, {}))
-            passes[-1].own[name] = mask
-        return mask
+            passes[-1].own[name] = decisions[-1].mask_SBE
+        return decisions
 
-    def losses(scores_SBE: Tensor, mask_SBE: Tensor) -> Tensor:
-        passes[-1].used[name] = mask_SBE
-        return RoutedBlock._losses(block, scores_SBE, mask_SBE)
+    def losses(decisions: list[Decision], routing: Routing, documents: Documents) -> Tensor:
+        passes[-1].used[name] = routing.mask_SBE
+        return RoutedBlock._losses(block, decisions, routing, documents)
 
-    block._select, block._losses = select, losses
+    block._decide, block._losses = decide, losses
 
 
 def take_steps(config: RunConfig, validate: bool = False) -> Steps:

@@ -31,6 +31,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"shared_experts": 2, "gate": "softmax"},
         {"shared_experts": 1, "gate": "softmax_of_chosen"},
     ),
+    "relu, queries only": (
+        {"gate": "relu"},
+        {"keys_and_values": "all", "capacity_factor": 1.0},
+    ),
 }
 BIDIRECTIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "expert choice, segments": (

@@ -21,7 +21,7 @@ from uoe_parallel.analysis.reduction import gradient_traffic
 from uoe_parallel.analysis.transfer import Phase, Transfer, group_ranks, merged, times
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
-from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -66,7 +66,7 @@ def blocks_that_exchange(model: LanguageModel) -> dict[str, RoutedBlock]:
     return {
         name: block
         for name, block in blocks
-        if block.spreads_tokens and block.expert_group.size() > 1
+        if block.spreads_tokens and block.expert_group.size() > 1 and not _gathers(block)
     }
 
 
@@ -196,6 +196,27 @@ class _Passes:
             yield self._reduce("replicated rows", "forward", self.whole)
             yield self._reduce("replicated rows", "backward", self.whole)
             yield self._reduce("replicated gates", "backward", gates)
+        elif _gathers(block):
+            yield from self._gathered(block)
+
+    def _gathered(self, block: RoutedBlock) -> Iterator[Transfer]:
+        """Of a block whose experts need the rows of all tokens of their group."""
+        group, ranks = _name_of_experts(block), block.expert_group.size()
+        pairs = self.tokens // self.model.num_shards * block.router.num_experts
+
+        def to_experts(phase: Phase, element: int) -> Transfer:
+            payload = pairs * element
+            kept = payload // ranks
+            return Transfer("gathered gates", phase, group, "all_to_all", 1, payload, kept)
+
+        yield to_experts("forward", 1)  # the mask, in bytes
+        yield to_experts("forward", self.precise)
+        yield to_experts("backward", self.precise)
+        phases: tuple[Phase, Phase] = ("forward", "backward")
+        for phase in phases:
+            sums = self.shard * ranks
+            yield Transfer("gathered rows", phase, group, "all_gather", 1, self.shard)
+            yield Transfer("gathered rows", phase, group, "reduce_scatter", 1, sums)
 
     def _level(self, level: Level, experts: int) -> Iterator[Transfer]:
         """Of one decision of a router."""
@@ -248,6 +269,12 @@ class _Passes:
 
     def _reduce(self, purpose: str, phase: Phase, payload: int) -> Transfer:
         return Transfer(purpose, phase, "tensor", "all_reduce", 1, payload)
+
+
+def _gathers(block: RoutedBlock) -> bool:
+    """Whether all rows of an expert group come to each of its ranks."""
+    experts: Union = block.experts  # pyright: ignore[reportAssignmentType]
+    return block.spreads_tokens and experts.needs_all_rows
 
 
 def _name_of_experts(block: RoutedBlock) -> str:

@@ -63,13 +63,13 @@ def layer_cost(config: RunConfig, layer: int) -> int:
     model = config.model
     hidden, length = model.hidden_size, model.sequence_length
     matrices = 3 if model.activation == "swiglu" else 2
-    heads = model.num_heads + 2 * model.kv_heads
-    projections = hidden * hidden * (heads + model.num_heads) / model.num_heads
-    attention = _active(config.attention, layer, model.kv_heads)
+    queries = _active(config.attention, layer, model.kv_heads)
+    keys = queries if config.attention.keys_and_values == "selected" else 1.0
     feed_forward = _active(config.feed_forward, layer, config.feed_forward.num_experts)
+    seen = 1 if model.causal else 2  # half of the keys are masked in a causal model
     return round(
-        projections * attention
-        + length * hidden * attention**2  # scores and weighted values, half of them masked
+        2 * hidden * hidden * (queries + keys * model.kv_heads / model.num_heads)
+        + seen * length * hidden * queries * keys  # scores and weighted values
         + matrices * hidden * model.ffn_size * feed_forward
     )
 
