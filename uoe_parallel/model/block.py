@@ -113,7 +113,7 @@ class RoutedBlock(DenseBlock):
         weight = router_init(torch.empty(num_experts, hidden_size))
         self.router_weight = nn.Parameter(weight.to(dtype))
         self.loss_weight = loss_weight_per_sequence
-        self.statistics = RoutingStatistics.zeros(num_experts)
+        self.statistics = RoutingStatistics(num_experts)
         self.tape: RouteTape | None = None
 
     def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
@@ -165,6 +165,7 @@ class RoutedBlock(DenseBlock):
             counts_BE = comm.sum_over(counts_BE, self.group)
         balance = load_balance_loss(scores_SBE, counts_BE, length)
         z = z_loss(scores_SBE, length)
-        self.statistics.add(mask_SBE, balance, z, sequences=batch / shards, dropped=0)
+        gates_SBE = self.router.gate(scores_SBE.detach())
+        self.statistics.add(mask_SBE, gates_SBE, None, balance, z, batch / shards, None)
         weighted = self.routing.balance_loss * balance + self.routing.z_loss * z
         return self.loss_weight * weighted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -27,3 +28,6 @@ class Router:
     def __init__(self, config: RoutingConfig) -> None:
         self.select: Selection = SELECTIONS[config.selection](config)
         self.gate: Gate = GATES[config.gate]()
+        self.running: list[Any] = []
+        """State of rules that moves during a run: objects with `shown() -> dict[str, Tensor]`, the
+        vectors [E] to report by their names."""
