@@ -13,7 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from uoe_parallel.training.metrics import MetricsWriter, bits_per_byte, load_statistics
+from uoe_parallel.training.metrics import (
+    Bars,
+    MetricsWriter,
+    bits_per_byte,
+    load_statistics,
+    read_metrics,
+)
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -43,6 +49,50 @@ def test_lines_are_json_records(tmp_path: Path) -> None:
         {"step": 10, "kind": "validation", "loss": None, "scale": None},
     ]
     assert not (tmp_path / "new" / "run" / "tensorboard").exists()
+
+
+def test_lists_and_bars_are_lists(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path, tensorboard=False)
+    values = {"a": [1, math.nan, -0.5], "b": Bars([0.25, 0.75]), "c": Bars([1.0], [0, math.inf])}
+    metrics.write(1, "train", values)
+    line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert line.endswith('"a": [1, null, -0.5], "b": [0.25, 0.75], "c": [1.0]}\n')
+
+
+def test_tensorboard_shows_bars_as_they_are_and_lists_by_their_values(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path, tensorboard=True)
+    values = {
+        "load": Bars([0.0, 0.25, 0.75]),
+        "gates": Bars([0.5, 0.125, 0.375], edges=[0.0, 0.5, 2.0, math.inf]),
+        "nothing": Bars([0.0, 0.0]),
+        "bias": [-1.0, 3.0, math.nan, 3.0],
+        "nobody": [math.nan],
+        "loss": 1.0,
+    }
+    metrics.write(7, "train", values)
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    found = {tag: events.Histograms(tag) for tag in events.Tags()["histograms"]}
+    assert all([event.step for event in of_tag] == [7] for of_tag in found.values())
+    bars = {tag: of_tag[0].histogram_value for tag, of_tag in found.items()}
+    assert sorted(bars) == ["train/bias", "train/gates", "train/load", "train/nothing"]
+    assert list(bars["train/load"].bucket) == [0.0, 0.25, 0.75]
+    assert list(bars["train/load"].bucket_limit) == [0.5, 1.5, 2.5]
+    assert (bars["train/load"].min, bars["train/load"].max) == (0.5, 2.5), "empty ends are cut off"
+    assert list(bars["train/gates"].bucket) == [0.5, 0.125, 0.375]
+    assert list(bars["train/gates"].bucket_limit) == [0.5, 2.0, 3.5]
+    assert (bars["train/gates"].min, bars["train/gates"].max) == (0.0, 3.5)
+    assert (bars["train/bias"].min, bars["train/bias"].max) == (-1.0, 3.0)
+    assert bars["train/bias"].num == 3
+
+
+def test_a_file_is_read_while_it_is_written(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path, tensorboard=False)
+    metrics.write(1, "train", {"loss": 2.0, "load/a": [0.5, 0.5]})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "ki')
+    assert read_metrics(path) == [{"step": 1, "kind": "train", "loss": 2.0, "load/a": [0.5, 0.5]}]
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 9, 30, -1])

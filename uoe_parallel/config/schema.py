@@ -270,3 +270,13 @@ class RunConfig(Section):
             for kind, (routing, experts) in kinds.items()
             if routing.routes(layer)
         }
+
+    @property
+    def routed_experts(self) -> dict[str, int]:
+        """As `routed_blocks`, with the experts that are not shared."""
+        shared = {
+            "attention": self.attention.shared_experts,
+            "feed_forward": self.feed_forward.shared_experts,
+        }
+        blocks = self.routed_blocks.items()
+        return {name: experts - shared[name.split(".")[-1]] for name, experts in blocks}

@@ -126,7 +126,7 @@ class RoutedBlock(DenseBlock):
             weight = init(torch.empty(router.num_routed, hidden_size)).to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.loss_weight = loss_weight_per_sequence
-        self.statistics = RoutingStatistics.zeros(router.num_experts)
+        self.statistics = RoutingStatistics(router.num_routed)
         self.tape: RouteTape | None = None
 
     @property
@@ -264,10 +264,13 @@ class RoutedBlock(DenseBlock):
         if real_SB is not None:
             real_SB = real_SB[self._positions(documents)]
         last = decisions[-1]
+        # A tape may have replaced what is left of the choice.
+        mask_SBE = self.router.without_shared(routing.mask_SBE)
         dropped_SBE = last.chosen_SBE & ~last.mask_SBE
-        # A tape may have replaced the choice.
-        taken_SBE = self.router.without_shared(routing.mask_SBE) | dropped_SBE
-        chosen = [*(decision.chosen_SBE for decision in decisions[:-1]), taken_SBE]
+        if real_SB is not None:
+            dropped_SBE = dropped_SBE & real_SB.unsqueeze(-1)
+        chosen = [decision.chosen_SBE for decision in decisions[:-1]]
+        chosen.append(mask_SBE | dropped_SBE)
         balance = z = routing.gates_SBE.new_zeros(())
         levels = self.router.levels.values()
         for level, decision, chosen_SBE in zip(levels, decisions, chosen, strict=True):
@@ -276,7 +279,13 @@ class RoutedBlock(DenseBlock):
             for rule in level.running if self.training else ():
                 rule.observe(decision.choosing_SBE, chosen_SBE, decision.judged.counted_SB)
         self.statistics.add(
-            routing.mask_SBE, balance, z, sequences=documents.shape[1] / self.num_shards, dropped=0
+            mask_SBE,
+            self.router.without_shared(routing.gates_SBE),
+            dropped_SBE,
+            balance,
+            z,
+            documents.shape[1] / self.num_shards,
+            real_SB,
         )
         return self.loss_weight * (self.routing.balance_loss * balance + self.routing.z_loss * z)
 

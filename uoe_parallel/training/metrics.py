@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,6 +24,22 @@ if TYPE_CHECKING:
 
 Kind = Literal["train", "validation", "test", "event"]
 Values = Mapping[str, float]
+
+PERCENTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
+"""Of a value over all routed blocks: names, and quantiles."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Numbers, not negative, that are heights of bars."""
+
+    heights: Sequence[float]
+    edges: Sequence[float] | None = None
+    """Of the bars, one more than there are; the last may be infinite. None centres them on 0, 1,
+    2 and so on, such as experts."""
+
+
+Value = float | Sequence[float] | Bars
 
 
 class MetricsWriter:
@@ -48,17 +68,19 @@ class MetricsWriter:
         self.close()
         self._purge_step = step + 1
 
-    def write(self, step: int, kind: Kind, values: Values) -> None:
+    def write(self, step: int, kind: Kind, values: Mapping[str, Value]) -> None:
         """Append `values` at optimizer step `step`.
 
-        The line is {"step": step, "kind": kind, **values}; NaN and infinities, which JSON lacks,
-        become null. TensorBoard has the scalar "<kind>/<name>".
+        The line is {"step": step, "kind": kind, **values}, with bars as the list of their heights;
+        NaN and infinities, which JSON lacks, become null. TensorBoard has "<kind>/<name>": of a
+        number a scalar, of a list the histogram of its finite numbers, of bars a histogram that
+        shows them as they are.
         """
         assert not {"step", "kind"} & values.keys()
         record = {
             "step": step,
             "kind": kind,
-            **{n: v if math.isfinite(v) else None for n, v in values.items()},
+            **{name: _json(value) for name, value in values.items()},
         }
         # Opened anew each time: reports are rare, and no open handle can outlive a rewrite.
         with self._path.open("a", encoding="utf-8") as file:
@@ -80,7 +102,9 @@ class MetricsWriter:
             self._events.close()
             self._events = None
 
-    def _write_events(self, folder: Path, step: int, kind: Kind, values: Values) -> None:
+    def _write_events(
+        self, folder: Path, step: int, kind: Kind, values: Mapping[str, Value]
+    ) -> None:
         if self._events is None:
             # Imported here because it takes a second that runs without TensorBoard need not pay.
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -88,7 +112,15 @@ class MetricsWriter:
             self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
             self._purge_step = None
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            tag = f"{kind}/{name}"
+            if isinstance(value, Bars):
+                self._events.add_histogram_raw(tag, **_histogram(value), global_step=step)
+            elif isinstance(value, Sequence):
+                finite = np.array([v for v in value if math.isfinite(v)])
+                if finite.size:
+                    self._events.add_histogram(tag, finite, step)
+            else:
+                self._events.add_scalar(tag, value, step)
         self._events.flush()
 
     def _keep_lines(self, last_step: float) -> None:
@@ -105,6 +137,12 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a metrics.jsonl, also of one that is still being written."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in _lines_up_to(math.inf, lines)]
 
 
 def bits_per_byte(nats_per_token: float) -> float:
@@ -132,6 +170,35 @@ def load_statistics(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
         return max_over_mean_L, torch.ones_like(max_over_mean_L)
     entropy_L = torch.special.entr(share_LN).sum(-1) / math.log(num_experts)
     return max_over_mean_L, entropy_L.clamp(max=1.0)  # rounding may pass 1 by an ulp
+
+
+def _json(value: Value) -> JsonValue:
+    if isinstance(value, Bars):
+        value = value.heights
+    if isinstance(value, Sequence):
+        return [v if math.isfinite(v) else None for v in value]
+    return value if math.isfinite(value) else None
+
+
+def _histogram(bars: Bars) -> dict[str, Any]:
+    """As TensorBoard keeps histograms: by right edges, and the ends of the bars that have a height,
+    for it leaves out the others on both sides."""
+    heights = [height if math.isfinite(height) else 0.0 for height in bars.heights]
+    edges = bars.edges or [i - 0.5 for i in range(len(heights) + 1)]
+    *_, before, last = edges
+    if math.isinf(last):  # an open end has no width to draw
+        edges = [*edges[:-1], 2 * before - edges[-3]]
+    shown = [i for i, height in enumerate(heights) if height > 0] or [0]
+    middles = [(left + right) / 2 for left, right in pairwise(edges)]
+    return {
+        "min": edges[shown[0]],
+        "max": edges[shown[-1] + 1],
+        "num": sum(heights),
+        "sum": sum(h * m for h, m in zip(heights, middles, strict=True)),
+        "sum_squares": sum(h * m * m for h, m in zip(heights, middles, strict=True)),
+        "bucket_limits": edges[1:],
+        "bucket_counts": heights,
+    }
 
 
 def _lines_up_to(last_step: float, lines: Iterable[bytes]) -> Iterable[bytes]:

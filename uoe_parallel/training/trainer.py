@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -36,10 +37,10 @@ from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample
-from uoe_parallel.training.metrics import Kind, MetricsWriter, Values
+from uoe_parallel.training.metrics import Kind, MetricsWriter, Value
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.routes import RunRoutes
-from uoe_parallel.training.routing_report import routing_report
+from uoe_parallel.training.routing_report import RoutingReporter
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
 
@@ -139,6 +140,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step, from the newest checkpoint of the run folder if there is one."""
         self._open_run()
+        routing = RoutingReporter(
+            self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
+        )
         training, steps = self.config.training, self.config.training.steps
         if self.step == 0 and training.validate_every > 0:
             self.evaluate("validation")
@@ -147,7 +151,7 @@ class Trainer:
                 result = self.train_step()
                 last = self.step == steps
                 if last or self.step % self.config.logging.every == 0:
-                    self._report(result)
+                    self._report(result, routing)
                 if not last and _is_due(self.step, training.validate_every):
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
@@ -325,14 +329,11 @@ class Trainer:
                     "the newest one"
                 )
 
-    def _report(self, result: StepResult) -> None:
+    def _report(self, result: StepResult, routing: RoutingReporter) -> None:
         seconds = self.timer.take()
         memory = torch.tensor(float(self.device.peak_memory()), device=self.device.torch_device)
         memory = float(comm.max_over(memory, self.groups.world))
-        routing = routing_report(
-            self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
-        )
-        values: Values = {
+        values: dict[str, Value] = {
             "loss": result.loss,
             **loss_of_text(self.config.model.task, result.loss),
             "gradient_norm": result.gradient_norm,
@@ -342,13 +343,14 @@ class Trainer:
             "eta_seconds": seconds["step"] * (self.config.training.steps - self.step),
             "peak_memory_bytes": memory,
             **{f"seconds/{part}": value for part, value in seconds.items()},
-            **routing,
+            **routing.report(),
             **self.routes.report(),
         }
         self._record("train", values)
-        self.console.report(self.step, values)
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        self.console.report(self.step, numbers)
 
-    def _record(self, kind: Kind, values: Values) -> None:
+    def _record(self, kind: Kind, values: Mapping[str, Value]) -> None:
         """Write to the run's record. Collective over all ranks.
 
         An evaluation is written once: a finished run that is started again repeats it.
