@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uoe_parallel.config.load import format_config, load_config
-from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.config.schema import RoutingConfig, RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
@@ -127,14 +127,20 @@ def _introduce(
             ),
             (
                 "experts",
-                f"feed-forward {config.feed_forward.top_k} of {config.feed_forward.num_experts} "
-                f"in {routed['feed-forward']} layers, attention {config.attention.top_k} of "
-                f"{model.kv_heads} in {routed['attention']} layers, of {model.num_layers}",
+                f"feed-forward {_visited(config.feed_forward)} of "
+                f"{config.feed_forward.num_experts} in {routed['feed-forward']} layers, attention "
+                f"{_visited(config.attention)} of {model.kv_heads} in {routed['attention']} "
+                f"layers, of {model.num_layers}",
             ),
             ("precision", config.training.precision),
             ("picked", trainer.picks),
         ],
     )
+
+
+def _visited(routing: RoutingConfig) -> int:
+    """Experts that a token visits, on average and without drops."""
+    return routing.chosen_experts + routing.shared_experts
 
 
 def _dry_run(trainer: Trainer, console: TrainingConsole) -> None:

@@ -240,12 +240,17 @@ def test_no_whole_checkpoint_is_refused_instead_of_starting_over(
         ("feed_forward.num_experts=4", ["feed_forward.num_experts", "8", "4"]),
         ("feed_forward.routed_layers=[0]", ["feed_forward.routed_layers", "all", "[0]"]),
         ("attention.routed_layers=none", ["attention.routed_layers", "all", "none"]),
+        ("attention.shared_experts=1", ["attention.shared_experts", "0", "1"]),
+        (
+            "feed_forward.segment_length=4 feed_forward.segment_experts=4",
+            ["levels of feed_forward", '["patches"]', '["segments", "patches"]'],
+        ),
     ],
 )
 def test_other_run_is_refused_by_name(
     ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, override: str, named: list[str]
 ) -> None:
-    arguments = ("--config", saved[0], _copy(saved, tmp_path / "run"), override)
+    arguments = ("--config", saved[0], _copy(saved, tmp_path / "run"), *override.split())
     files = _files(tmp_path)
     message = only_complaint(ranks(2).run(call_program, *arguments, "training.steps=4"))
 

@@ -77,6 +77,12 @@ class RoutingConfig(Section):
         assert self.segment_experts is not None
         return self.segment_experts
 
+    @property
+    def levels(self) -> list[str]:
+        """The decisions that have a router each, in their order."""
+        segments = ["segments"] if self.segment_experts is not None else []
+        return segments + (["patches"] if self.selection is not None else [])
+
     def routes(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is routed."""
         if isinstance(self.routed_layers, str):

@@ -53,7 +53,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 FIXED = (
     "feed_forward.num_experts",
     "feed_forward.routed_layers",
+    "feed_forward.shared_experts",
     "attention.routed_layers",
+    "attention.shared_experts",
     "seed",
     "data.tokenizer",
     "data.reset_at_documents",
@@ -288,6 +290,8 @@ class Trainer:
         config = self.config.model_dump(mode="json", exclude=not_of_weights)
         model = {f"model.{name}": value for name, value in config["model"].items()}
         fields = model | {field: reduce(getitem, field.split("."), config) for field in FIXED}
+        kinds = {"feed_forward": self.config.feed_forward, "attention": self.config.attention}
+        fields |= {f"levels of {kind}": routing.levels for kind, routing in kinds.items()}
         return fields | {"tokens of data.train and checksums": self.train_data.fingerprint}
 
     def _check_resumable(self, reader: CheckpointReader) -> None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from uoe_parallel.config.checks import RULES
 from uoe_parallel.config.faults import Fault
+from uoe_parallel.config.rules import BALANCE_RULES, load_rule
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.layout import (
@@ -93,8 +94,15 @@ def _with_fitting_micro_batch(config: RunConfig, data: int) -> RunConfig:
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     if batch % data:
         return config  # which is told as the layout's fault
+    if _balances_batches(config):  # whose loss is of a micro-batch on all data ranks
+        micro = batch // data
     fitting = largest_divisor(batch // data, at_most=micro)
     return with_fields(config, training={"micro_batch_size": fitting})
+
+
+def _balances_batches(config: RunConfig) -> bool:
+    names = [*(config.feed_forward.balance or []), *(config.attention.balance or [])]
+    return any(load_rule(BALANCE_RULES, name).scope == "batch" for name in names)
 
 
 def _fault(config: RunConfig, world_size: int) -> Fault | None:
