@@ -16,8 +16,8 @@ from uoe_parallel.training.routing_state import move_rules
 
 STEPS = 45
 BELOW = {True: 0.5, False: 2.7}
-"""Nats a token that a causal and a bidirectional model must reach. A uniform guess has 5.5, one that
-knows which ids occur 3.2; what is masked takes longer to find out than what comes next."""
+"""Nats a token that a causal and a bidirectional model must reach. A uniform guess has 5.5, one
+that knows which ids occur 3.2. What is masked takes longer to find out than what comes next."""
 IDS = 24
 MASK = 256
 
