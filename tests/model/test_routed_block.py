@@ -104,3 +104,25 @@ def test_decoding_replicates_tokens_and_gives_the_same_logits(ranks: Ranks) -> N
         torch.testing.assert_close(prefix, sharded[:, :5], rtol=1e-5, atol=1e-5)
     # Ranks draw tokens from these: they must agree to the bit.
     assert torch.equal(first[1], second[1])
+
+
+def observed(config: RunConfig) -> list[float]:
+    """How much rules have observed after passes in evaluation, without gradients, in training."""
+    groups = start(config)
+    model = build_model(config, groups)
+    rules = [rule for block in model.routed_blocks().values() for rule in block.router.running]
+    assert len(rules) == 4
+    totals = []
+    for training, gradients in ((False, True), (True, False), (True, True)):
+        with torch.set_grad_enabled(gradients):
+            model.train(training)(random_tokens(config))
+        totals.append(float(sum(rule.observed.abs().sum() for rule in rules)))
+    return totals
+
+
+def test_rules_learn_from_training_passes_alone_and_from_each_once(ranks: Ranks) -> None:
+    # A layer that is recomputed passes without gradients first.
+    config = tiny_config(feed_forward={"selection": "threshold"}, attention={"balance": ["bias"]})
+    evaluated, first_pass, trained = ranks(1).run(observed, config)[0]
+    assert evaluated == first_pass == 0
+    assert trained > 0

@@ -267,16 +267,17 @@ class RoutedBlock(DenseBlock):
         real_SB = documents.real_SB
         if real_SB is not None:
             real_SB = real_SB[self._positions(documents)]
-        last = decisions[-1]
-        # A tape may have replaced what is left of the choice.
-        mask_SBE = self.router.without_shared(routing.mask_SBE)
-        dropped_SBE = last.chosen_SBE & ~last.mask_SBE
-        if real_SB is not None:
-            dropped_SBE = dropped_SBE & real_SB.unsqueeze(-1)
-        chosen = [decision.chosen_SBE for decision in decisions[:-1]]
-        chosen.append(mask_SBE | dropped_SBE)
-        balance = z = routing.gates_SBE.new_zeros(())
         levels = self.router.levels.values()
+        # A tape may have replaced what is left of the choice.
+        mask_SBE = taken_SBE = self.router.without_shared(routing.mask_SBE)
+        dropped_SBE = None
+        if any(level.capacity is not None for level in levels):
+            dropped_SBE = decisions[-1].chosen_SBE & ~decisions[-1].mask_SBE
+            if real_SB is not None:
+                dropped_SBE = dropped_SBE & real_SB.unsqueeze(-1)
+            taken_SBE = mask_SBE | dropped_SBE
+        chosen = [*(decision.chosen_SBE for decision in decisions[:-1]), taken_SBE]
+        balance = z = routing.gates_SBE.new_zeros(())
         for level, decision, chosen_SBE in zip(levels, decisions, chosen, strict=True):
             level_balance, level_z = self._level_losses(level, decision.judged, chosen_SBE)
             balance, z = balance + level_balance, z + level_z
