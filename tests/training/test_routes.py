@@ -355,8 +355,12 @@ def recompute(config: RunConfig, forced: Masks | None, pipelined: bool) -> Order
     def forward(tokens: Tensor) -> Tensor:
         assert model.embedding is not None
         x: Any = model.embedding(tokens)
+        context = model.context((len(tokens), tokens.shape[1]), None, tokens.device)
         for layer in model.layers.values():
-            x = checkpoint(layer, x, use_reentrant=True) if pipelined else layer(x)
+            if pipelined:
+                x = checkpoint(layer, x, context, use_reentrant=True)
+            else:
+                x = layer(x, context)
         return model.logits(x).square().mean()
 
     if pipelined:
