@@ -42,12 +42,12 @@ BIDIRECTIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"segment_length": 5, "segment_experts": 3, "patch_length": 1, "gate": "relu"},
     ),
 }
-LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (2, {"tensor": 2}),
-    (2, {"tensor": 2, "sequence_parallel": False}),
-    (2, {"expert": 2}),
-    (4, {"tensor": 2, "expert": 4}),
-    (4, {"tensor": 2, "pipeline": 2}),
+LAYOUTS = [
+    pytest.param(2, {"tensor": 2}, id="tp2-sp"),
+    pytest.param(2, {"tensor": 2, "sequence_parallel": False}, id="tp2", marks=pytest.mark.slow),
+    pytest.param(2, {"expert": 2}, id="dp2-ep2", marks=pytest.mark.slow),
+    pytest.param(4, {"tensor": 2, "expert": 4}, id="tp2-sp-dp2-ep4"),
+    pytest.param(4, {"tensor": 2, "pipeline": 2}, id="tp2-sp-pp2", marks=pytest.mark.slow),
 ]
 # Every kind of block spreads, so that wide groups are met by each rule.
 WIDE = {"spread": "expert"}
