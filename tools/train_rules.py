@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uoe_parallel.config.load import load_config
+from uoe_parallel.errors import UserError
+
 CONFIG = Path("configs/cpu_rules.yaml")
 RUNS = Path("runs/rules")
 PAGE = Path(__file__).parent.parent / "docs" / "routing.md"
@@ -88,15 +91,21 @@ def train(task: str, rule: str, fields: dict[str, Any], overrides: list[str]) ->
     changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     command = [sys.executable, "-m", "uoe_parallel.pretrain", "--config", str(CONFIG)]
     print(f"==> {task}: {rule}", file=sys.stderr, flush=True)
-    if overrides or not _validated(metrics):
+    if not _is_finished(folder, [*changes, *overrides]):
         subprocess.run([*command, *changes, *overrides], check=True, stdout=subprocess.DEVNULL)
-    loss = _validated(metrics)[-1]["loss"]
+    loss = _records(metrics, "validation")[-1]["loss"]
     return Result(task, rule, fields, loss, _records(metrics, "train")[-1])
 
 
-def _validated(metrics: Path) -> list[dict[str, Any]]:
-    """Runs validate at their end alone."""
-    return _records(metrics, "validation") if metrics.exists() else []
+def _is_finished(folder: Path, changes: list[str]) -> bool:
+    """Whether a run with the same config got to its last step."""
+    try:
+        config = load_config(folder / "config.yaml")
+        validated = _records(folder / "metrics.jsonl", "validation")
+    except (UserError, OSError):
+        return False
+    steps = config.training.steps
+    return config == load_config(CONFIG, changes) and any(r["step"] == steps for r in validated)
 
 
 def _records(metrics: Path, kind: str) -> list[dict[str, Any]]:
@@ -136,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/routing.md")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args(arguments)
+    if options.write and (options.only or options.overrides):
+        parser.error("--write puts down the runs of all rules as they are in the config")
     known = {rule for rules in TASKS.values() for rule in rules}
     if unknown := set(options.only or []) - known:
         parser.error(f"unknown rule {min(unknown)!r}; there are {', '.join(sorted(known))}")
@@ -146,11 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only is None or rule in options.only
     ]
     print(table(results), end="")
-    if options.write:
-        PAGE.write_text(written(PAGE.read_text(), results))
     above = [r for r in results if r.loss >= BELOW[r.task]]
     for result in above:
         print(f"{result.task}, {result.rule}: {result.loss:.3f} is not below {BELOW[result.task]}")
+    if options.write and not above:
+        PAGE.write_text(written(PAGE.read_text(), results))
     return 1 if above else 0
 
 

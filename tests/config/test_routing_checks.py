@@ -93,9 +93,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"feed_forward__gate": "not_a_module:Gate"},
         (
-            'feed_forward.gate = "not_a_module:Gate" names a class that can\'t be imported (No '
-            "module named 'not_a_module'); write it as \"module:Class\", the module where Python "
-            "finds it"
+            'feed_forward.gate = "not_a_module:Gate" names a class that can\'t be imported '
+            "(ModuleNotFoundError: No module named 'not_a_module'); write it as "
+            '"module:Class", a class as docs/routing.md shows, where Python finds it'
         ),
     ),
     (
@@ -133,8 +133,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
             "model__task": "masked_token",
         },
         (
-            "feed_forward.capacity_factor = 1.0 has nothing to limit: with expert_choice every "
-            "expert takes its even share; leave it out, or use top_k"
+            "feed_forward.capacity_factor = 1.0 is for rules that fill experts unevenly, and "
+            "expert_choice balances them; leave it out, or use top_k"
         ),
     ),
     (
@@ -152,6 +152,32 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         (
             'feed_forward.balance = ["bias", "sequence_loss"] names bias, and threshold balances '
             'by itself; use ["sequence_loss"]'
+        ),
+    ),
+    (
+        {"feed_forward__selection": "fractions:Fraction"},
+        (
+            'feed_forward.selection = "fractions:Fraction" names a class without per_unit and '
+            'looks_ahead and balances; write it as "module:Class", a class as docs/routing.md '
+            "shows, where Python finds it"
+        ),
+    ),
+    (
+        {"feed_forward__gate": "softmax", "feed_forward__shared_experts": 7},
+        (
+            'feed_forward.gate = "softmax" is 1 whatever the score of the one expert of '
+            "feed_forward that is routed; use sigmoid or relu, or route more experts"
+        ),
+    ),
+    (
+        {
+            "feed_forward__gate": "softmax_of_chosen",
+            "feed_forward__top_k": 1,
+            "feed_forward__selection": "threshold",
+        },
+        (
+            'feed_forward.gate = "softmax_of_chosen" is 1 whatever the score where '
+            "feed_forward.top_k = 1, without a gradient; use softmax, or feed_forward.top_k = 2"
         ),
     ),
     (
@@ -185,10 +211,11 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"feed_forward__selection": "expert_choice", "feed_forward__routed_layers": "none"},
         {"feed_forward__gate": "softmax_of_chosen"},
         {
-            "feed_forward__gate": "softmax_of_chosen",
-            "feed_forward__top_k": 1,
             "feed_forward__selection": "threshold",
+            "feed_forward__balance": ["bias"],
+            **SEGMENTS,
         },
+        {"feed_forward__gate": "softmax", "feed_forward__top_k": 1},
         {"feed_forward__balance": []},
         {"attention__selection": "nothing at all"},
         {

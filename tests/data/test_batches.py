@@ -177,6 +177,15 @@ def test_evaluation_spreads_its_windows_and_gives_equal_shares(
         assert torch.equal(batch.loss_mask.all(dim=1), ~padding)
         assert not batch.tokens[padding].any()
         assert not batch.labels[padding].any()
+    for together in zip(*ranks, strict=True):
+        # Rows to fill up with are padding, and ranks agree on whether there is any.
+        masks = [~batch.loss_mask.any(dim=1) for batch in together]
+        for batch, padding in zip(together, masks, strict=True):
+            if not any(mask.any() for mask in masks):
+                assert batch.documents is None
+            else:
+                assert batch.documents is not None
+                assert torch.equal(batch.documents, -padding.long().unsqueeze(1).expand(-1, 4))
 
 
 def test_token_range_sees_what_the_data_has() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from uoe_parallel.config.schema import RoutingConfig
 
@@ -79,7 +80,7 @@ def route(
     limit = length
     if config.capacity_factor is not None:
         whole = math.ceil(context / config.patch_length)
-        limit = math.ceil(config.capacity_factor * config.top_k * whole / n)
+        limit = math.ceil(Fraction(str(config.capacity_factor)) * config.top_k * whole / n)
     taken = [0] * n
     masks, dropped = [[False] * n for _ in range(length)], 0
     for run, summary, choice in zip(runs, summaries, chosen, strict=True):

@@ -89,6 +89,11 @@ def test_capacity_follows_the_context_and_not_the_sequence_at_hand() -> None:
     assert torch.equal(capacity(mask[:7], units_of(mask[:7], 3)), kept[:7])
 
 
+def test_a_capacity_is_the_number_that_is_written() -> None:
+    # 1.1 x 100 in binary is a little more than 110.
+    assert Capacity(1.1, chosen=1, num_experts=10, context=100, unit_length=1).limit == 11
+
+
 def test_shared_experts_are_spread_and_the_others_keep_their_order() -> None:
     config = RoutingConfig(shared_experts=2)
     router = Router(config, num_experts=8, context=4, causal=True)

@@ -100,8 +100,8 @@ def test_units_and_experts_that_could_not_be_chosen_do_not_count() -> None:
             kept[::2] = False
         alone = rule()
         alone.observe(scores, EVERY.unsqueeze(-1), kept)
-        pairs = zip(found._parts(found.observed), alone._parts(alone.observed), strict=True)
-        for part, other in pairs:
+        parts = found._parts(found.observed)[:-1], alone._parts(alone.observed)[:-1]
+        for part, other in zip(*parts, strict=True):
             torch.testing.assert_close(part[expert], other[expert], rtol=1e-12, atol=0)
     found.move(found.observed)
     assert found.state["threshold"].isfinite().all()
@@ -110,3 +110,24 @@ def test_units_and_experts_that_could_not_be_chosen_do_not_count() -> None:
     wanted.observe(masked, EVERY.unsqueeze(-1), counted)
     wanted.move(wanted.observed)
     assert wanted.state["threshold"][2] == 0
+
+
+def test_an_expert_that_some_units_may_not_choose_still_gets_its_share_of_all() -> None:
+    threshold = rule(top_k=1)
+    may_SB1 = (torch.arange(256) % 2 == 0).view(-1, 1, 1)
+    for step in range(40):
+        scores = draw(step).masked_fill(~may_SB1, -torch.inf)
+        threshold.observe(scores, take(threshold, scores), EVERY)
+        threshold.move(threshold.observed)
+        threshold.reset()
+    taken = take(threshold, draw(100).masked_fill(~may_SB1, -torch.inf)).double().mean((0, 1))
+    torch.testing.assert_close(taken, torch.full((4,), 0.25).double(), atol=0.03, rtol=0)
+
+
+def test_a_share_of_all_takes_all_and_stays_where_the_scores_are() -> None:
+    threshold = rule(top_k=EXPERTS)
+    learn(threshold, 40)
+    assert take(threshold, draw(100)).all()
+    before = threshold.state["threshold"]
+    learn(threshold, 40)
+    assert ((threshold.state["threshold"] - before).abs() < 5).all()

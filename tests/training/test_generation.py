@@ -110,3 +110,9 @@ def test_tokens_come_as_often_as_their_probability(temperature: float) -> None:
     expected = (scores / temperature).softmax(-1)[0].item()
     # Five standard deviations of a share of `count` draws.
     assert hits / count == pytest.approx(expected, abs=5 * 0.5 / count**0.5)
+
+
+def test_nothing_follows_the_id_to_stop_at() -> None:
+    arguments = {"num_tokens": 9, "context": 4, "temperature": 1.0, "seed": 0, "by_token": True}
+    device = torch.device("cpu")
+    assert sample(Successor(), (0,), stop=3, device=device, **arguments) == [1, 2, 3]  # pyright: ignore[reportArgumentType]

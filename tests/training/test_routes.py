@@ -373,9 +373,19 @@ def recompute(config: RunConfig, forced: Masks | None, pipelined: bool) -> Order
     return Orders(gradients, {name: tape.finish() for name, tape in tapes.items()})
 
 
+# Segments choose too: their choice is kept before that of patches.
+LEVELS: dict[str, dict[str, Any]] = {
+    "patches": {},
+    "segments": {"segment_length": 4, "segment_experts": 3, "gate": "softmax_of_chosen"},
+}
+
+
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("follows", [False, True])
-def test_recomputation_under_a_pipelines_order_changes_nothing(ranks: Ranks, follows: bool) -> None:
-    config = tiny_config()
+def test_recomputation_under_a_pipelines_order_changes_nothing(
+    ranks: Ranks, follows: bool, levels: str
+) -> None:
+    config = tiny_config(feed_forward=LEVELS[levels], attention=LEVELS[levels])
     forced = None
     if follows:
         own = ranks(1).run(recompute, config, None, False)[0].routes

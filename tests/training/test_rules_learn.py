@@ -14,8 +14,8 @@ from tests.model.rules import BIDIRECTIONAL_RULES, CAUSAL_RULES
 from tests.tiny import tiny_config
 from uoe_parallel.training.routing_state import move_rules
 
-STEPS = 45
-BELOW = {True: 0.5, False: 2.7}
+STEPS = 35
+BELOW = {True: 0.7, False: 2.8}
 """Nats a token that a causal and a bidirectional model must reach. A uniform guess has 5.5, one
 that knows which ids occur 3.2. What is masked takes longer to find out than what comes next."""
 IDS = 24

@@ -145,15 +145,22 @@ def _why_unknown(table: MappingProxyType[str, str], name: str) -> str | None:
     if not is_path(name):
         return None if name in table else f"has no rule {show(name)}"
     try:
-        load_rule(table, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        return f"names a class that can't be imported ({error})"
+        rule = load_rule(table, name)
+    except Exception as error:  # whatever a module of the user's does
+        return f"names a class that can't be imported ({type(error).__name__}: {error})"
+    parts = {
+        id(SELECTIONS): ("per_unit", "looks_ahead", "balances"),
+        id(BALANCE_RULES): ("scope", "loss", "offset"),
+    }
+    missing = [part for part in parts.get(id(table), ()) if not hasattr(rule, part)]
+    if missing:
+        return f"names a class without {' and '.join(missing)}"
     return None
 
 
 def _known(table: MappingProxyType[str, str], name: str) -> str:
     if is_path(name):
-        return 'write it as "module:Class", the module where Python finds it'
+        return 'write it as "module:Class", a class as docs/routing.md shows, where Python finds it'
     if near := get_close_matches(name, table, n=1):
         return f"did you mean {near[0]}?"
     return f'use one of {", ".join(table)}, or a class as "module:Class"'
@@ -179,12 +186,16 @@ def _selection_is(kind: _Kind, property_name: str) -> bool:
 
 
 def gates_have_slope(kind: _Kind) -> Iterator[Fault]:
-    """A softmax over one chosen expert is 1 whatever its score: the router would learn nothing."""
+    """A softmax over one expert is 1 whatever its score: the router would learn nothing."""
     routing = kind.routing
+    if routing.gate in ("softmax", "softmax_of_chosen") and kind.routed_experts == 1:
+        problem = f"is 1 whatever the score of the one expert of {kind.name} that is routed"
+        fields, mend = "gate shared_experts", "use sigmoid or relu, or route more experts"
+        yield kind.fault(fields, routing.gate, problem, mend, *kind.expert_fields)
     if routing.gate != "softmax_of_chosen":
         return
     for field in ("top_k", "segment_experts"):
-        chooses = field == "segment_experts" or routing.selection == "top_k"
+        chooses = field == "segment_experts" or routing.selection is not None
         if chooses and getattr(routing, field) == 1:
             problem = f"is 1 whatever the score where {kind.name}.{field} = 1, without a gradient"
             mend = f"use softmax, or {kind.name}.{field} = 2"
@@ -197,8 +208,8 @@ def capacity_limits_patches(kind: _Kind) -> Iterator[Fault]:
         return
     if routing.selection is None:
         problem = "has nothing to limit: segments choose, and nothing of theirs is dropped"
-    elif routing.selection == "expert_choice":
-        problem = "has nothing to limit: with expert_choice every expert takes its even share"
+    elif _selection_is(kind, "balances"):
+        problem = f"is for rules that fill experts unevenly, and {routing.selection} balances them"
     else:
         return
     mend = "leave it out, or use top_k"
@@ -208,7 +219,8 @@ def capacity_limits_patches(kind: _Kind) -> Iterator[Fault]:
 def bias_has_an_effect(kind: _Kind) -> Iterator[Fault]:
     routing = kind.routing
     balance = routing.balance or []
-    if "bias" in balance and _selection_is(kind, "balances"):
+    chooses_segments = routing.segment_experts is not None
+    if "bias" in balance and not chooses_segments and _selection_is(kind, "balances"):
         problem = f"names bias, and {routing.selection} balances by itself"
         others = [name for name in balance if name != "bias"]
         yield kind.fault("balance selection", routing.balance, problem, f"use {show(others)}")

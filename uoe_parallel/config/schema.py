@@ -52,7 +52,7 @@ class RoutingConfig(Section):
     """What a chosen expert's result is multiplied by: sigmoid, softmax, softmax_of_chosen, relu."""
     balance: list[str] | None = None
     """Rules that keep experts evenly used: sequence_loss, batch_loss, bias. null means
-    [sequence_loss], but none for threshold and expert_choice, which balance by themselves."""
+    [sequence_loss], but none for threshold and expert_choice, which balance patches themselves."""
     balance_loss: NonNegativeFloat = 0.01
     """Weight of the load-balance losses, summed over routed layers."""
     z_loss: NonNegativeFloat = 0.001
@@ -278,11 +278,20 @@ class RunConfig(Section):
         }
 
     @property
+    def recorded_choices(self) -> dict[str, int]:
+        """As `routed_blocks`: how many experts a token's record says yes or no of. Where segments
+        choose before patches, their choice comes first."""
+        return {
+            name: experts + self.routed_experts[name] * (len(self.routing_of(name).levels) - 1)
+            for name, experts in self.routed_blocks.items()
+        }
+
+    def routing_of(self, block: str) -> RoutingConfig:
+        """Of a routed block by its name."""
+        return self.attention if block.endswith(".attention") else self.feed_forward
+
+    @property
     def routed_experts(self) -> dict[str, int]:
         """As `routed_blocks`, with the experts that are not shared."""
-        shared = {
-            "attention": self.attention.shared_experts,
-            "feed_forward": self.feed_forward.shared_experts,
-        }
         blocks = self.routed_blocks.items()
-        return {name: experts - shared[name.split(".")[-1]] for name, experts in blocks}
+        return {name: count - self.routing_of(name).shared_experts for name, count in blocks}

@@ -12,7 +12,7 @@ Shape suffixes: b sequences of a micro-batch, s tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -124,7 +124,7 @@ def evaluation_batches(
     They are spread evenly over the list: the first windows of a text would be one document or two.
 
     Every rank yields the same number of micro-batches of the same shape, so that all of them
-    enter the same collectives; rows beyond the last example are zeros that count nowhere.
+    enter the same collectives; rows beyond the last example are padding.
     """
     total = min(num_sequences, len(examples))
     assert total > 0
@@ -132,11 +132,16 @@ def evaluation_batches(
     for start in range(0, total, stride):
         first = start + data_rank * micro_batch_size
         share = range(first, max(first, min(first + micro_batch_size, total)))
-        yield examples.micro_batch(
+        batch = examples.micro_batch(
             [row * len(examples) // total for row in share],
             [random_stream(_EVALUATION_SEED, row) for row in share],
             micro_batch_size,
         )
+        if start + stride > total and batch.documents is None:
+            # On every rank alike, also on those without such rows.
+            filler = torch.arange(micro_batch_size).unsqueeze(1) >= len(share)
+            batch = replace(batch, documents=-filler.long().expand_as(batch.tokens))
+        yield batch
 
 
 def token_range(micro_batches: Iterable[MicroBatch], task: Task) -> tuple[int, int]:

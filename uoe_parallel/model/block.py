@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -243,13 +244,17 @@ class RoutedBlock(DenseBlock):
         return documents.shard(self.group.rank() % self.num_shards, self.num_shards)
 
     def _routing(self, decisions: list[Decision], documents: Documents) -> Routing:
-        """Mask and gates of this rank's tokens over all experts."""
+        """Mask and gates of this rank's tokens over all experts. A tape may replace decisions."""
         mask_SBE = self.router.with_shared(decisions[-1].mask_SBE)
         if documents.real_SB is not None:
             mask_SBE = mask_SBE & documents.real_SB[self._positions(documents)].unsqueeze(-1)
-        if self.training and self.tape is not None:
-            mask_SBE = self.tape(mask_SBE)
         masks = [decision.mask_SBE for decision in decisions[:-1]]
+        if self.training and self.tape is not None:
+            widths = [mask.shape[-1] for mask in (*masks, mask_SBE)]
+            taped = self.tape(torch.cat((*masks, mask_SBE), dim=-1))
+            *masks, mask_SBE = taped.split(widths, dim=-1)
+            for number, mask in enumerate(masks):
+                decisions[number] = replace(decisions[number], chosen_SBE=mask, mask_SBE=mask)
         gates = [
             level.gate(decision.judged.scores_SBE, mask)
             for level, decision, mask in zip(

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from uoe_parallel.config.rules import SELECTIONS, load_rule
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import Backend
@@ -231,6 +232,13 @@ class LanguageModel(nn.Module):
         self.sequence_parallel = groups.layout.sequence_parallel
         self.num_layers = config.model.num_layers
         self.used_vocab_size = used_vocab_size
+        self.decodes_by_token = all(
+            routing.selection is None or load_rule(SELECTIONS, routing.selection).per_unit
+            for routing in (config.feed_forward, config.attention)
+            if any(map(routing.routes, range(config.model.num_layers)))
+        )
+        """Whether one token at a time can be added to a memory: by the config, which all stages
+        share, and not by the blocks of this one."""
         classifies = config.model.task == "classification"
         self.tied = config.model.tie_embeddings and not classifies
         # A class for a whole sequence costs next to nothing.
@@ -351,14 +359,6 @@ class LanguageModel(nn.Module):
         return {
             name: module for name, module in self.named_modules() if isinstance(module, RoutedBlock)
         }
-
-    @property
-    def decodes_by_token(self) -> bool:
-        """Whether one token at a time can be added to a memory."""
-        levels = (
-            level for b in self.routed_blocks().values() for level in b.router.levels.values()
-        )
-        return all(level.selection.per_unit for level in levels)
 
     @contextmanager
     def replicated_tokens(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -21,7 +22,8 @@ class Capacity:
     ) -> None:
         """chosen: experts that a unit visits."""
         units = math.ceil(context / unit_length)
-        self.limit = math.ceil(factor * chosen * units / num_experts)
+        # As the number is written: 1.1 is a little more in binary.
+        self.limit = math.ceil(Fraction(str(factor)) * chosen * units / num_experts)
 
     def __call__(self, mask_SBE: Tensor, units: Units) -> Tensor:
         """What is kept of a choice, bool [S, B, E] of whole sequences."""

@@ -37,7 +37,6 @@ def remember(token_scores_SBE: Tensor, decision: Decision, last_B: Tensor) -> Le
     rows_B = torch.arange(len(last_B), device=last_B.device)
     places_S1 = torch.arange(len(token_scores_SBE), device=last_B.device).unsqueeze(1)
     first_B = units.first_SB[last_B, rows_B]
-    in_unit_SB = (places_S1 >= first_B) & (places_S1 <= last_B)
     stands_SB = units.is_first_SB & (places_S1 <= last_B)
     known_SB = decision.judged.known_SB
     return LevelMemory(
@@ -48,7 +47,7 @@ def remember(token_scores_SBE: Tensor, decision: Decision, last_B: Tensor) -> Le
         if known_SB is None
         else known_SB[last_B, rows_B],
         taken_BE=(decision.chosen_SBE & stands_SB.unsqueeze(-1)).sum(0),
-        sums_BE=(token_scores_SBE * in_unit_SB.unsqueeze(-1)).sum(0),
+        sums_BE=units.sums_at_first(token_scores_SBE)[first_B, rows_B],
         sizes_B=last_B - first_B + 1,
     )
 

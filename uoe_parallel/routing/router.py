@@ -61,13 +61,18 @@ class Router:
         if not self.shared:
             return values_SBE
         whole_SBE = values_SBE.new_ones(*values_SBE.shape[:-1], self.num_experts)
-        return whole_SBE.index_copy(-1, self._routed.to(values_SBE.device), values_SBE)
+        return whole_SBE.index_copy(-1, self._routed_on(values_SBE.device), values_SBE)
 
     def without_shared(self, values_SBE: Tensor) -> Tensor:
         """The inverse of `with_shared`."""
         if not self.shared:
             return values_SBE
-        return values_SBE.index_select(-1, self._routed.to(values_SBE.device))
+        return values_SBE.index_select(-1, self._routed_on(values_SBE.device))
+
+    def _routed_on(self, device: torch.device) -> Tensor:
+        """Moved once, not in every pass."""
+        self._routed = self._routed.to(device)
+        return self._routed
 
     def _segments(self, causal: bool) -> Level:
         config = self._config

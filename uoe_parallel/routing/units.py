@@ -72,11 +72,15 @@ class Units:
         means_SBE = self._means_at_first(x_SBE).gather(0, self._expand(previous_SB, x_SBE))
         return means_SBE * there_SB.unsqueeze(-1), there_SB
 
+    def sums_at_first(self, x_SBE: Tensor) -> Tensor:
+        """At the first token of each unit its sum. Differentiable."""
+        # Added up token by token (on a CPU in their order), so that nothing that comes after a unit
+        # can touch a bit of it.
+        return torch.zeros_like(x_SBE).scatter_add(0, self._expand(self.first_SB, x_SBE), x_SBE)
+
     def _means_at_first(self, x_SBE: Tensor) -> Tensor:
         """At the first token of each unit its mean."""
-        # Added up token by token, so that nothing that comes after a unit can touch a bit of it.
-        first_SBE = self._expand(self.first_SB, x_SBE)
-        sums_SBE = torch.zeros_like(x_SBE).scatter_add(0, first_SBE, x_SBE)
+        sums_SBE = self.sums_at_first(x_SBE)
         ones_SB = torch.ones_like(self.first_SB)
         sizes_SB = torch.zeros_like(ones_SB).scatter_add(0, self.first_SB, ones_SB)
         return sums_SBE / sizes_SB.clamp(min=1).unsqueeze(-1)

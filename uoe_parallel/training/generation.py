@@ -16,19 +16,20 @@ def sample(
     prompt: Sequence[int],
     *,
     by_token: bool,
+    stop: int | None = None,
     num_tokens: int,
     context: int,
     temperature: float,
     seed: int,
     device: torch.device,
 ) -> list[int]:
-    """`num_tokens` ids that follow `prompt` (at least one id).
+    """At most `num_tokens` ids that follow `prompt` (at least one id).
 
     logits_of: ids [1, s] that follow those of a memory to logits [1, s, V], the same on every rank,
     with tokens replicated; every rank must call this, and all draw the same ids. The model sees at
     most the last `context` ids: when they are full it begins anew with the latter half of them, so
     that most tokens cost one position. by_token: whether the model can add a single token to a
-    memory; otherwise each token costs a whole pass.
+    memory; otherwise each token costs a whole pass. stop: the id after which nothing follows.
     """
     assert len(prompt) > 0
     ids = list(prompt)
@@ -38,6 +39,8 @@ def sample(
         logits_V = logits_of(torch.tensor([unseen], device=device), memory)[0, -1].float().cpu()
         probabilities = (logits_V / temperature).softmax(-1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        if ids[-1] == stop:
+            break
         seen, unseen = seen + len(unseen), ids[-1:]
         if not by_token or seen == context:
             kept = max(context // 2, 1) if by_token else context

@@ -49,7 +49,7 @@ class RunRoutes:
         device: torch.device,
     ) -> None:
         """`blocks`: the routed blocks that this rank holds, by their names in the whole model."""
-        experts, length = config.routed_blocks, config.model.sequence_length
+        experts, length = config.recorded_choices, config.model.sequence_length
         assert blocks.keys() <= experts.keys(), blocks.keys() - experts.keys()
         self._record = config.routes.record
         self._use = "replay" if config.routes.replay is not None else "compare"

@@ -63,7 +63,7 @@ class RoutingReporter:
         - `load_max_over_mean` and `load_entropy` (1 is even) of the pairs that experts took;
         - `dropped_share` of pairs; `unrouted_share` of tokens, which no expert took;
           `experts_per_token`, a mean;
-        - `balance_loss` (a sequence's mean, 1 is even) and `z_loss`;
+        - `balance_loss` (a sequence's mean, 1 is even, of all levels and rules) and `z_loss`;
         - `<state>_drift` of a rule's running state, such as `threshold`: its mean absolute change
           since the last report;
 

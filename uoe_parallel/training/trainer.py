@@ -223,6 +223,8 @@ class Trainer:
                 self.engine.logits,
                 [*before, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
                 by_token=self.model.decodes_by_token,
+                # What another document begins with, nothing has been trained to say.
+                stop=self.tokenizer.eod if self.config.data.reset_at_documents else None,
                 num_tokens=SAMPLE_TOKENS,
                 context=self.config.model.sequence_length,
                 temperature=SAMPLE_TEMPERATURE,

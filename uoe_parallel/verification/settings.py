@@ -14,6 +14,7 @@ from uoe_parallel.config.schema import (
     Precision,
     RoutedLayers,
     RoutesConfig,
+    RoutingConfig,
     RunConfig,
     Section,
 )
@@ -39,6 +40,8 @@ def comparable(config: RunConfig, *, steps: int, precision: Precision) -> RunCon
     derived = with_fields(
         config,
         model={"dropout": 0.0, "attention_dropout": 0.0},
+        feed_forward=_soon_by_threshold(config.feed_forward),
+        attention=_soon_by_threshold(config.attention),
         parallel=ParallelConfig(zero_stage=0).model_dump(),
         data={"validation": None, "test": None},
         training={
@@ -64,7 +67,9 @@ def shrunken(config: RunConfig, *, ranks: int, stages: int) -> RunConfig:
     """
     length, batch = config.model.sequence_length, config.training.global_batch_size
     # Whole documents have to fit.
-    short = length if config.model.task == "classification" else SHORT_SEQUENCE
+    segments = [config.feed_forward.segment_length, config.attention.segment_length]
+    short = max(SHORT_SEQUENCE, *(2 * (segment or 0) for segment in segments))
+    short = length if config.model.task == "classification" else short
     batch = _reduced(batch, SMALL_BATCH, ranks)
     micro = min(config.training.micro_batch_size, SMALL_MICRO_BATCH)
     return with_fields(
@@ -91,6 +96,13 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
         for name, value in new.items()
         if value != old.get(name)
     ]
+
+
+def _soon_by_threshold(routing: RoutingConfig) -> dict[str, int]:
+    """So short a run would see nothing but the warm-up of thresholds."""
+    if routing.selection != "threshold":
+        return {}
+    return {"threshold_warmup": min(routing.threshold_warmup, 1)}
 
 
 def largest_divisor(number: int, *, at_most: int) -> int:
