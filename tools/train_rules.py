@@ -80,15 +80,24 @@ class Result:
     """The last report of training."""
 
 
-def train(task: str, rule: str, fields: dict[str, Any], overrides: list[str]) -> Result:
-    """Train one rule in a process of its own, or find it trained. Raises CalledProcessError."""
-    folder = RUNS / task / rule.replace(", ", "_").replace(" ", "_")
-    metrics = folder / "metrics.jsonl"
+def folder_of(task: str, rule: str) -> Path:
+    return RUNS / task / rule.replace(", ", "_").replace(" ", "_")
+
+
+def changes_of(task: str, rule: str, fields: dict[str, Any]) -> list[str]:
+    """What a rule's run overrides in the config."""
+    folder = folder_of(task, rule)
     settings = {"run_dir": str(folder), "model.task": task}
     for kind in ("feed_forward", "attention"):
         own = {k: v for k, v in fields.items() if k != "keys_and_values" or kind == "attention"}
         settings |= {f"{kind}.{name}": value for name, value in own.items()}
-    changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def train(task: str, rule: str, fields: dict[str, Any], overrides: list[str]) -> Result:
+    """Train one rule in a process of its own, or find it trained. Raises CalledProcessError."""
+    folder, changes = folder_of(task, rule), changes_of(task, rule, fields)
+    metrics = folder / "metrics.jsonl"
     command = [sys.executable, "-m", "uoe_parallel.pretrain", "--config", str(CONFIG)]
     print(f"==> {task}: {rule}", file=sys.stderr, flush=True)
     if not _is_finished(folder, [*changes, *overrides]):

@@ -157,8 +157,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"feed_forward__selection": "fractions:Fraction"},
         (
-            'feed_forward.selection = "fractions:Fraction" names a class without per_unit and '
-            'looks_ahead and balances; write it as "module:Class", a class as docs/routing.md '
+            'feed_forward.selection = "fractions:Fraction" names a class without per_unit, '
+            'looks_ahead, balances; write it as "module:Class", a class as docs/routing.md '
             "shows, where Python finds it"
         ),
     ),

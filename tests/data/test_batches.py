@@ -26,10 +26,10 @@ class Windows:
     """Window i is i * 10, i * 10 + 1, ...: its first token names it."""
 
     sequence_length = 4
-    fingerprint: list[int] = []  # noqa: RUF012
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.fingerprint: list[int] = []
 
     def __len__(self) -> int:
         return self.count

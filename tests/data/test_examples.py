@@ -21,11 +21,10 @@ EOD, MASK = 256, 257
 class Windows:
     """One window after the other of a text."""
 
-    fingerprint: list[int] = []  # noqa: RUF012
-
     def __init__(self, text: list[int], sequence_length: int) -> None:
         self.text = np.array(text)
         self.sequence_length = sequence_length
+        self.fingerprint: list[int] = []
 
     def __len__(self) -> int:
         return (len(self.text) - 1) // self.sequence_length

@@ -29,9 +29,20 @@ ROW = 2
 IDS = packed(LENGTH, [[5, 11], [16], [SPLIT, END - SPLIT], [1, 2, 12]])
 
 
+QUERIES: dict[str, dict[str, Any]] = {
+    "queries only": {"keys_and_values": "all"},
+    "queries only, by patches": {"keys_and_values": "all", "patch_length": 3},
+}
+"""In attention; the feed-forward routes as without it."""
+CAUSAL = CAUSAL_RULES | QUERIES
+BIDIRECTIONAL = BIDIRECTIONAL_RULES | QUERIES
+
+
 def config_of(rule: dict[str, Any], parallel: dict[str, Any], task: str) -> RunConfig:
-    classes = {"model": {"task": task}} if task != "next_token" else {}
-    return tiny_config(feed_forward=rule, attention=rule, parallel=parallel, **classes)
+    feed_forward = {name: value for name, value in rule.items() if name != "keys_and_values"}
+    return tiny_config(
+        model={"task": task}, feed_forward=feed_forward, attention=rule, parallel=parallel
+    )
 
 
 Found = tuple[Tensor, Tensor, Tensor]
@@ -116,7 +127,7 @@ def check(
 def test_nothing_later_and_nothing_beside_changes_a_causal_block(
     ranks: Ranks, parallel: dict[str, Any], backend: str
 ) -> None:
-    case = (CAUSAL_RULES, parallel, "next_token", backend)
+    case = (CAUSAL, parallel, "next_token", backend)
     results = ranks(parallel.get("tensor", 1)).run(before_and_after, *case)
     check(results, backend == "reference", list(CHANGES))
 
@@ -126,7 +137,7 @@ def test_nothing_later_and_nothing_beside_changes_a_causal_block(
 def test_nothing_beside_changes_a_bidirectional_block(
     ranks: Ranks, parallel: dict[str, Any], backend: str
 ) -> None:
-    case = (BIDIRECTIONAL_RULES, parallel, "masked_token", backend)
+    case = (BIDIRECTIONAL, parallel, "masked_token", backend)
     results = ranks(parallel.get("tensor", 1)).run(before_and_after, *case)
     check(results, backend == "reference", [c for c in CHANGES if c != "later tokens"])
 
@@ -171,7 +182,7 @@ def router_gradients(
 
 @pytest.mark.parametrize(
     ("rules", "task"),
-    [(CAUSAL_RULES, "next_token"), (BIDIRECTIONAL_RULES, "masked_token")],
+    [(CAUSAL, "next_token"), (BIDIRECTIONAL, "masked_token")],
     ids=["causal", "bidirectional"],
 )
 def test_router_column_of_every_chosen_expert_has_a_gradient(
@@ -263,7 +274,7 @@ def conserved(rules: dict[str, dict[str, Any]], task: str) -> dict[tuple[str, st
 
 @pytest.mark.parametrize(
     ("rules", "task"),
-    [(CAUSAL_RULES, "next_token"), (BIDIRECTIONAL_RULES, "masked_token")],
+    [(CAUSAL, "next_token"), (BIDIRECTIONAL, "masked_token")],
     ids=["causal", "bidirectional"],
 )
 def test_every_pair_is_computed_once_and_padding_never(

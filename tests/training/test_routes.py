@@ -400,6 +400,37 @@ def test_recomputation_under_a_pipelines_order_changes_nothing(
         assert all(int(flipped) > 0 for flipped in plain.routes.values())
 
 
+def followed_gates(config: RunConfig, forced: Masks) -> dict[str, float]:
+    """Of each block the smallest gate of a followed pair, recorded of other sequences."""
+    model = build_model(config, start(config))
+    smallest: dict[str, float] = {}
+    for name, block in model.routed_blocks().items():
+        block.tape = Player(forced[name], 2, follow=True)
+
+        def routing(
+            decisions: list[Decision],
+            documents: Documents,
+            name: str = name,
+            block: RoutedBlock = block,
+        ) -> Routing:
+            found = RoutedBlock._routing(block, decisions, documents)
+            smallest[name] = float(found.gates_SBE[found.mask_SBE].min())
+            return found
+
+        block._routing = routing
+    model(random_tokens(config).split(2)[0])
+    return smallest
+
+
+def test_a_segment_is_followed_too_so_that_no_recorded_pair_loses_its_gate(ranks: Ranks) -> None:
+    config = tiny_config(feed_forward=LEVELS["segments"], attention=LEVELS["segments"])
+    own = ranks(1).run(recompute, config, None, False)[0].routes
+    forced = {name: routes.flip(0) for name, routes in own.items()}
+    found = ranks(1).run(followed_gates, config, forced)[0]
+    assert len(found) == 4
+    assert all(gate > 0 for gate in found.values()), found
+
+
 def test_evaluation_and_sampling_never_reach_a_tape(ranks: Ranks) -> None:
     ranks(1).run(evaluate_with_a_tape, tiny_config())
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
 
 from uoe_parallel.config.faults import Fault, show
 from uoe_parallel.config.rules import BALANCE_RULES, GATES, SELECTIONS, is_path, load_rule
@@ -125,45 +124,50 @@ def something_chooses(kind: _Kind) -> Iterator[Fault]:
         yield kind.fault("selection segment_experts", None, problem, mend)
 
 
+_TABLES = {"selection": SELECTIONS, "gate": GATES, "balance": BALANCE_RULES}
+_ATTRIBUTES = {
+    "selection": ("per_unit", "looks_ahead", "balances"),
+    "gate": (),
+    "balance": ("scope", "loss", "offset"),
+}
+"""What a class has to say of itself, beside being called."""
+
+
 def rules_are_known(kind: _Kind) -> Iterator[Fault]:
     routing = kind.routing
-    named = [("selection", SELECTIONS, [routing.selection] if routing.selection else [])]
-    named += [("gate", GATES, [routing.gate]), ("balance", BALANCE_RULES, routing.balance or [])]
-    for field, table, names in named:
+    balance = routing.balance or []
+    named = {
+        "selection": [] if routing.selection is None else [routing.selection],
+        "gate": [routing.gate],
+        "balance": balance,
+    }
+    for field, names in named.items():
         for name in names:
-            if problem := _why_unknown(table, name):
-                mend = _known(table, name)
-                yield kind.fault(field, getattr(routing, field), problem, mend)
-    twice = [name for name, count in Counter(routing.balance or []).items() if count > 1]
+            if problem := _why_unknown(field, name):
+                yield kind.fault(field, getattr(routing, field), problem, _known(field, name))
+    twice = [name for name, count in Counter(balance).items() if count > 1]
     if twice:
-        names = list(dict.fromkeys(routing.balance or []))
-        problem = f"names {show(twice[0])} twice"
-        yield kind.fault("balance", routing.balance, problem, f"use {show(names)}")
+        mend = f"use {show(list(dict.fromkeys(balance)))}"
+        yield kind.fault("balance", routing.balance, f"names {show(twice[0])} twice", mend)
 
 
-def _why_unknown(table: MappingProxyType[str, str], name: str) -> str | None:
+def _why_unknown(field: str, name: str) -> str | None:
     if not is_path(name):
-        return None if name in table else f"has no rule {show(name)}"
+        return None if name in _TABLES[field] else f"has no rule {show(name)}"
     try:
-        rule = load_rule(table, name)
+        rule = load_rule(_TABLES[field], name)
     except Exception as error:  # whatever a module of the user's does
         return f"names a class that can't be imported ({type(error).__name__}: {error})"
-    parts = {
-        id(SELECTIONS): ("per_unit", "looks_ahead", "balances"),
-        id(BALANCE_RULES): ("scope", "loss", "offset"),
-    }
-    missing = [part for part in parts.get(id(table), ()) if not hasattr(rule, part)]
-    if missing:
-        return f"names a class without {' and '.join(missing)}"
-    return None
+    missing = [attribute for attribute in _ATTRIBUTES[field] if not hasattr(rule, attribute)]
+    return f"names a class without {', '.join(missing)}" if missing else None
 
 
-def _known(table: MappingProxyType[str, str], name: str) -> str:
+def _known(field: str, name: str) -> str:
     if is_path(name):
         return 'write it as "module:Class", a class as docs/routing.md shows, where Python finds it'
-    if near := get_close_matches(name, table, n=1):
+    if near := get_close_matches(name, _TABLES[field], n=1):
         return f"did you mean {near[0]}?"
-    return f'use one of {", ".join(table)}, or a class as "module:Class"'
+    return f'use one of {", ".join(_TABLES[field])}, or a class as "module:Class"'
 
 
 def causal_models_look_back(kind: _Kind) -> Iterator[Fault]:
@@ -180,7 +184,7 @@ def causal_models_look_back(kind: _Kind) -> Iterator[Fault]:
 def _selection_is(kind: _Kind, property_name: str) -> bool:
     """Whether the class of a known selection says so of itself."""
     name = kind.routing.selection
-    if name is None or _why_unknown(SELECTIONS, name):
+    if name is None or _why_unknown("selection", name):
         return False
     return getattr(load_rule(SELECTIONS, name), property_name)
 

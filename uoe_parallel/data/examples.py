@@ -40,8 +40,8 @@ class WindowDataset(Protocol):
         ...
 
 
-class NextTokens:
-    """Windows of which each token predicts the next one."""
+class _Windows:
+    """What examples made of windows share."""
 
     def __init__(self, windows: WindowDataset, *, eod: int, separate_documents: bool) -> None:
         """`eod` is the id that ends a document."""
@@ -55,6 +55,10 @@ class NextTokens:
 
     def __len__(self) -> int:
         return len(self._windows)
+
+
+class NextTokens(_Windows):
+    """Windows of which each token predicts the next one."""
 
     def micro_batch(
         self, numbers: Sequence[int], streams: Sequence[BitGenerator], size: int
@@ -70,7 +74,7 @@ class NextTokens:
         return MicroBatch(tokens, labels, counts, _document_ids(tokens, self._eod, real))
 
 
-class MaskedTokens:
+class MaskedTokens(_Windows):
     """Windows in which some tokens are hidden and to be predicted.
 
     The recipe of BERT (Devlin et al., arXiv 1810.04805): of the tokens to predict, most are
@@ -87,18 +91,10 @@ class MaskedTokens:
         mask_probability: float,
         separate_documents: bool,
     ) -> None:
-        self._windows = windows
-        self._eod, self._size = tokenizer.eod, tokenizer.size
+        super().__init__(windows, eod=tokenizer.eod, separate_documents=separate_documents)
+        self._size = tokenizer.size
         self._mask = num_model_ids(tokenizer, "masked_token") - 1
         self._probability = mask_probability
-        self._separate = separate_documents
-
-    @property
-    def fingerprint(self) -> list[int]:
-        return self._windows.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._windows)
 
     def micro_batch(
         self, numbers: Sequence[int], streams: Sequence[BitGenerator], size: int

@@ -205,9 +205,11 @@ class RoutedBlock(DenseBlock):
         """The scores of this rank's tokens' units, gathered where these reach over shards."""
         units, positions = level.units(documents), self._positions(documents)
         if self.num_shards == 1 or level.scores_lie_within(units, len(x_SBD)):
-            if level.summary == "first" and documents.one_each:  # no other token counts
-                scores_SBE = self._scores(x_SBD[:: level.unit_length], weight)
-                scores_SBE = scores_SBE.repeat_interleave(level.unit_length, dim=0)
+            length = level.unit_length
+            if length > 1 and level.summary == "first" and documents.one_each:
+                # Units lie at equal distances, and no token but the first of each counts.
+                scores_SBE = self._scores(x_SBD[::length], weight)
+                scores_SBE = scores_SBE.repeat_interleave(length, dim=0)
                 return UnitScores(scores_SBE[: len(x_SBD)], None, units.at(positions))
             return level.summarise(self._scores(x_SBD, weight), units.at(positions))
         scores_SBE = comm.gather_sequence(self._scores(x_SBD, weight), self.group)

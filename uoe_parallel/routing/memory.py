@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ def follow(
     if level.capacity is not None:
         kept_BE = chosen_BE & (taken_BE <= level.capacity.limit)
         mask_BE = torch.where(is_new_B1, kept_BE, memory.mask_BE)
-    after = replace(
-        memory,
+    after = LevelMemory(
         scores_BE=scores_BE,
         mask_BE=mask_BE,
         chosen_BE=chosen_BE,

@@ -2,7 +2,8 @@
 
 The record of a step is a checkpoint of its own in <folder>/step-<step>, steps counted as in the
 metrics. It has an entry for each routed block: uint8 [global batch, sequence length, X], `pack`ed
-masks in the order of `data.batches.batch_rows`. A rank writes and reads the box of its own tokens
+masks in the order of `data.batches.batch_rows`: of a token's experts, after those that its segment
+kept where segments choose too. A rank writes and reads the box of its own tokens
 in the blocks that it holds, so that any layout reads what any other wrote.
 
 Shape suffixes: R this rank's sequences of a step, S its positions, X bytes of a packed mask.

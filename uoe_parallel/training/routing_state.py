@@ -16,7 +16,7 @@ from uoe_parallel.routing.running import Running
 def move_rules(
     blocks: Mapping[str, RoutedBlock], groups: ParallelGroups, device: torch.device
 ) -> None:
-    """Move every rule by what all ranks observed since the last move, summed in one collective.
+    """Move every rule by what all ranks observed since the last move, summed as one vector.
 
     Collective over the ranks that share a stage, which hold the same `blocks`.
     """

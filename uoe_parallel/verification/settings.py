@@ -35,7 +35,8 @@ def comparable(config: RunConfig, *, steps: int, precision: Precision) -> RunCon
     """`config` for a run of `steps` steps that leaves what a comparison reads, and nothing else.
 
     Without dropout, which draws other numbers under another layout. The warm-up is cut to the
-    number of steps. Raises UserError if the result breaks a rule between fields.
+    number of steps, that of thresholds to one. Raises UserError if the result breaks a rule
+    between fields.
     """
     derived = with_fields(
         config,

@@ -38,7 +38,7 @@ class BalanceRule:
 
         Of a shard of the positions it is that shard's part: parts add up to the whole.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a scope and no loss")
 
     def offset(self) -> Tensor | None:
         """[E] to add to scores where experts are chosen, and nowhere else."""
