@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
 from uoe_parallel.experts.documents import Documents
+from uoe_parallel.experts.rows import RowCopies
 from uoe_parallel.parallel import comm
 
 
@@ -18,8 +19,8 @@ class RoutePlan:
     """Built once per forward pass of a block; serves dispatch, combine and their backwards."""
 
     assignment: Assignment
-    sent_token: Tensor
-    """Local token of each row this rank sends, by destination, then token: int64."""
+    sent: RowCopies
+    """A copy of a local token for each row this rank sends, by destination, then token."""
     send_rows: list[int]
     receive_rows: list[int]
     pair_token: Tensor
@@ -30,7 +31,6 @@ class RoutePlan:
     receive_pairs: list[int]
     order: Tensor
     """Received pair of each pair of the assignment: int64."""
-    num_tokens: int
 
 
 @torch.no_grad()
@@ -71,15 +71,14 @@ def plan_exchange(
     assignment, order = sort_pairs(
         row_N=is_new_row.cumsum(0) - 1,
         expert_N=ids % num_local,
-        document_N=documents.number_SB[position_N, sequence_N],
-        position_N=documents.position_SB[position_N, sequence_N],
+        token_N=position_N * documents.shape[1] + sequence_N,
+        documents=documents,
         num_rows=sum(receive_rows),
         num_experts=num_local,
-        num_documents=documents.count,
     )
     return RoutePlan(
         assignment=assignment,
-        sent_token=sent_token,
+        sent=RowCopies.of(sent_token, num_tokens),
         send_rows=send_rows,
         receive_rows=receive_rows,
         pair_token=pair_token,
@@ -87,26 +86,25 @@ def plan_exchange(
         send_pairs=send_pairs,
         receive_pairs=receive_pairs,
         order=order,
-        num_tokens=num_tokens,
     )
 
 
 @torch.no_grad()
-def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tensor, Tensor]:
+def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tensor]:
     """The pairs of this rank's experts when the rank holds every token.
 
     mask_SBE: bool, of this rank's experts only. Rows are the tokens themselves, so nothing moves.
-    Returns the assignment and, in its order, each pair's token and expert (int64).
+    Returns the assignment and, in its order, each pair's expert (int64).
     """
     length, batch, num_experts = mask_SBE.shape
-    token_N, expert_N = mask_SBE.flatten(0, 1).nonzero(as_tuple=True)
-    assignment, order = sort_pairs(
-        row_N=token_N,
-        expert_N=expert_N,
-        document_N=documents.number_SB[token_N // batch, token_N % batch],
-        position_N=documents.position_SB[token_N // batch, token_N % batch],
-        num_rows=length * batch,
-        num_experts=num_experts,
-        num_documents=documents.count,
+    # Places in [E, B, S] are in the order of an assignment's pairs.
+    place_N = mask_SBE.permute(2, 1, 0).reshape(-1).nonzero().squeeze(1)
+    token_N = place_N % length * batch + place_N // length % batch
+    expert_N = place_N // (length * batch)
+    assignment = Assignment(
+        copies=RowCopies.of(token_N, length * batch),
+        expert_counts_E=torch.bincount(expert_N, minlength=num_experts),
+        token_N=token_N,
+        documents=documents,
     )
-    return assignment, token_N[order], expert_N[order]
+    return assignment, expert_N
