@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from tests.harness import Ranks
 from tests.unions import local, start
-from uoe_parallel.dispatch.plan import RoutePlan, plan_exchange, plan_local
+from uoe_parallel.dispatch.plan import RoutePlan, plan_arrivals, plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.documents import Documents
+from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 
@@ -91,10 +93,20 @@ def test_runs_of_a_local_plan_are_of_documents() -> None:
     assert expert_N.tolist() == [0] * 7 + [1] * 7
 
 
+def _plan(
+    mask: Tensor, group: ProcessGroup, num_shards: int, documents: Documents
+) -> tuple[RoutePlan, Assignment, Tensor]:
+    """The plan of this rank's tokens, and the assignment and order of what arrives."""
+    plan = plan_exchange(mask, group)
+    ids = comm.all_to_all(plan.pair_ids, plan.receive_pairs, plan.send_pairs, group)
+    shape = (mask.shape[0], mask.shape[1])
+    return plan, *plan_arrivals(plan, ids, shape, num_shards, documents)
+
+
 def _plan_packed(mask: Tensor, ids: Tensor, layout: ParallelLayout) -> Assignment:
     groups = start_groups(layout)
     documents = Documents.from_ids(ids)
-    return plan_exchange(local(mask, groups), groups.expert, layout.tensor, documents).assignment
+    return _plan(local(mask, groups), groups.expert, layout.tensor, documents)[1]
 
 
 def test_exchange_plan_finds_documents_across_shards_and_runs(ranks: Ranks) -> None:
@@ -109,10 +121,10 @@ def test_exchange_plan_finds_documents_across_shards_and_runs(ranks: Ranks) -> N
             assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
-def _plan_all(batch: list[Tensor], tensor: int) -> list[RoutePlan]:
+def _plan_all(batch: list[Tensor], tensor: int) -> list[tuple[RoutePlan, Assignment, Tensor]]:
     groups = start(tensor, sequence_parallel=True)
     return [
-        plan_exchange(
+        _plan(
             mask.chunk(tensor)[groups.tensor_rank].contiguous(),
             groups.tensor,
             tensor,
@@ -127,13 +139,14 @@ def _visitors(pairs: list[Pair]) -> list[tuple[int, int]]:
     return sorted({(t, b) for t, b, _ in pairs})
 
 
-def _check_exchange(mask: Tensor, plans: list[RoutePlan]) -> None:
-    num_ranks = len(plans)
+def _check_exchange(mask: Tensor, of_ranks: list[tuple[RoutePlan, Assignment, Tensor]]) -> None:
+    num_ranks = len(of_ranks)
     length, batch, num_experts = mask.shape
     local_length, per_rank = length // num_ranks, num_experts // num_ranks
     pairs_at = [_pairs(mask, rank, num_ranks) for rank in range(num_ranks)]
 
-    for rank, plan in enumerate(plans):
+    plans = [plan for plan, _, _ in of_ranks]
+    for rank, (plan, assignment, order) in enumerate(of_ranks):
 
         def is_here(pair: tuple[int, ...], here: int = rank) -> bool:
             return pair[0] // local_length == here
@@ -153,11 +166,9 @@ def _check_exchange(mask: Tensor, plans: list[RoutePlan]) -> None:
         assert plan.receive_rows == [other.send_rows[rank] for other in plans]
         assert plan.receive_pairs == [other.send_pairs[rank] for other in plans]
         received = sorted(pairs_at[rank])
-        assert [received[i] for i in plan.order.tolist()] == pairs_at[rank]
+        assert [received[i] for i in order.tolist()] == pairs_at[rank]
         experts = range(rank * per_rank, (rank + 1) * per_rank)
-        _check_assignment(
-            plan.assignment, pairs_at[rank], _visitors(pairs_at[rank]), experts, batch
-        )
+        _check_assignment(assignment, pairs_at[rank], _visitors(pairs_at[rank]), experts, batch)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from uoe_parallel.dispatch.plan import plan_exchange, plan_local
+from uoe_parallel.dispatch.plan import plan_arrivals, plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
@@ -33,12 +33,21 @@ def run_sharded(
     once, however many of its experts live there; those add their results up before the one row
     returns. Collective over the group, forward and backward, also for ranks without a token.
     """
-    plan = plan_exchange(routing.mask_SBE, group, num_shards, documents)
-    x_TD = x_SBD.flatten(0, 1)
-    rows_RD = comm.all_to_all(plan.sent.gather(x_TD), plan.receive_rows, plan.send_rows, group)
-    sent_gates = _pick(routing.gates_SBE, plan.pair_token, plan.pair_expert)
-    gates_N = comm.all_to_all(sent_gates, plan.receive_pairs, plan.send_pairs, group)
-    sums_RD = experts(rows_RD, gates_N[plan.order], plan.assignment)
+    plan = plan_exchange(routing.mask_SBE, group)
+    rows = comm.start_all_to_all(
+        plan.sent.gather(x_SBD.flatten(0, 1)), plan.receive_rows, plan.send_rows, group
+    )
+    # Which pairs they are for is said and sorted while rows travel.
+    gates_N, ids_N = comm.all_to_all_with_ids(
+        _pick(routing.gates_SBE, plan.pair_token, plan.pair_expert),
+        plan.pair_ids,
+        plan.receive_pairs,
+        plan.send_pairs,
+        group,
+    )
+    length, batch, _ = x_SBD.shape
+    assignment, order = plan_arrivals(plan, ids_N, (length, batch), num_shards, documents)
+    sums_RD = experts(rows(), gates_N.gather(0, order), assignment)
     returned = comm.all_to_all(sums_RD, plan.send_rows, plan.receive_rows, group)
     return plan.sent.sum(returned).view_as(x_SBD)
 
