@@ -140,10 +140,13 @@ def test_products(
     found = backend.products(x.to(dtype), slices, count_of)
     near = {"rtol": tolerance.rtol, "atol": tolerance.atol}
     torch.testing.assert_close(found.double(), _products(x, w, counts_E), **near)
-    found = backend.outer_products(y.to(dtype), x.to(dtype), count_of)
     blocks = zip(y.split(counts_E), x.split(counts_E), strict=True)
     wanted = torch.stack([y_block.t() @ x_block for y_block, x_block in blocks])
-    torch.testing.assert_close(found.double(), wanted, **near)
+    out = torch.full(wanted.transpose(1, 2).shape, torch.nan, dtype=dtype).transpose(1, 2)
+    backend.outer_products(out, y.to(dtype), x.to(dtype), count_of, add=False)
+    torch.testing.assert_close(out.double(), wanted, **near)
+    backend.outer_products(out, y.to(dtype), x.to(dtype), count_of, add=True)
+    torch.testing.assert_close(out.double(), 2 * wanted, **near)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)

@@ -59,7 +59,7 @@ def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
         torch.stack((counts_P2, received_P2)).transpose(1, 2).tolist()
     )
     return RoutePlan(
-        sent=RowCopies.of(sent_token, num_tokens),
+        sent=RowCopies(sent_token, num_tokens),
         send_rows=send_rows,
         receive_rows=receive_rows,
         pair_token=pair_token,
@@ -115,7 +115,7 @@ def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tens
     token_N = place_N % length * batch + place_N // length % batch
     expert_N = place_N // (length * batch)
     assignment = Assignment(
-        copies=RowCopies.of(token_N, length * batch),
+        copies=RowCopies(token_N, length * batch),
         expert_counts_E=torch.bincount(expert_N, minlength=num_experts),
         token_N=token_N,
         documents=documents,

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.rows import RowCopies
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the pairs of some neighbouring experts."""
+
+    pairs: slice
+    experts: slice
+    counts_E: Tensor
+    """Pairs of each of these experts that are in the chunk, int64."""
+    goes_on: bool
+    """Whether it goes on with the pairs of its one expert, where the chunk before left off."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,28 @@ class Assignment:
         run_N = expert_N * count + self.documents.number_SB.take(self.token_N)
         return torch.bincount(run_N, minlength=num_experts * count)
 
+    def chunks(self, max_pairs: int | None) -> list[Chunk]:
+        """All pairs, in turn: of as many experts together as have no more than `max_pairs`, and
+        those of an expert that has more in equal parts. At least one chunk, also of no pair."""
+        if max_pairs is None or len(self.token_N) <= max_pairs:
+            return [Chunk(slice(None), slice(None), self.expert_counts_E, False)]
+        counts = self.expert_counts_E.tolist()
+        chunks: list[Chunk] = []
+        expert = done = 0
+        while expert < len(counts):
+            last, total = expert + 1, counts[expert]
+            while last < len(counts) and total + counts[last] <= max_pairs:
+                total += counts[last]
+                last += 1
+            # More than one part only of an expert that is too large by itself.
+            parts = max(1, -(-total // max_pairs))
+            for begin, end in pairwise(total * part // parts for part in range(parts + 1)):
+                experts, own_E = slice(expert, last), self.expert_counts_E[expert:last]
+                own_E = own_E if parts == 1 else own_E.new_tensor([end - begin])
+                chunks.append(Chunk(slice(done + begin, done + end), experts, own_E, begin > 0))
+            expert, done = last, done + total
+        return chunks
+
     def gather(self, rows_RD: Tensor) -> Tensor:
         """A copy of each pair's row: [N, D]."""
         return self.copies.gather(rows_RD)
@@ -69,10 +104,8 @@ def sort_pairs(
     """
     run_N = expert_N * documents.count + documents.number_SB.take(token_N)
     order = torch.argsort(run_N, stable=True)
-    place_N = torch.empty_like(order)  # in the assignment, of each pair of the input
-    place_N[order] = torch.arange(len(order), device=order.device)
     assignment = Assignment(
-        copies=RowCopies.of(row_N[order], num_rows, by_row_N=place_N),
+        copies=RowCopies(row_N[order], num_rows),
         expert_counts_E=torch.bincount(expert_N, minlength=num_experts),
         token_N=token_N[order],
         documents=documents,

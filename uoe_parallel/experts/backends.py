@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CACHE_BYTES = 2**20
+"""On a CPU, copies of so many rows are still in the cache when the next product wants them."""
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -27,6 +30,9 @@ class Keys:
 class Backend(Protocol):
     """What experts need from a device."""
 
+    chunk_bytes: int | None
+    """Most bytes of copied rows that are worked on at a time; None for all of them at once."""
+
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         """Each block of rows times its expert's slice: [N, M].
 
@@ -34,9 +40,11 @@ class Backend(Protocol):
         """
         ...
 
-    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
-        """The sum over each expert's rows of y x^T: [E, M, K], zero for an expert without rows.
-        Not differentiated."""
+    def outer_products(
+        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
+    ) -> None:
+        """Put into `out_EMK`, or add to it, the sum over each expert's rows of y x^T. Not
+        differentiated."""
         ...
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
@@ -187,6 +195,9 @@ def _attend_padded(
 class LoopBackend(PaddedAttention):
     """One product per slice: any dtype and any width."""
 
+    def __init__(self, chunk_bytes: int | None = CACHE_BYTES) -> None:
+        self.chunk_bytes = chunk_bytes
+
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         y_NM = x_NK.new_empty(len(x_NK), w_EKM.shape[2])
         counts = counts_E.tolist()
@@ -194,12 +205,12 @@ class LoopBackend(PaddedAttention):
             torch.mm(x, w, out=y)
         return y_NM
 
-    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
-        sums_EMK = x_NK.new_empty(len(counts_E), y_NM.shape[1], x_NK.shape[1])
-        counts = counts_E.tolist()
-        for y, x, total in zip(y_NM.split(counts), x_NK.split(counts), sums_EMK, strict=True):
-            torch.mm(y.t(), x, out=total)
-        return sums_EMK
+    def outer_products(
+        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
+    ) -> None:
+        counts, beta = counts_E.tolist(), float(add)
+        for y, x, out in zip(y_NM.split(counts), x_NK.split(counts), out_EMK, strict=True):
+            out.addmm_(y.t(), x, beta=beta)  # what was there is not even read if beta is 0
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
         # Not by one broadcast product, whose gradient of x would be made for each slice at once.
@@ -218,10 +229,14 @@ class GroupedBackend(LoopBackend):
             return super().products(x_NK, w_EKM, counts_E)
         return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
 
-    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+    def outer_products(
+        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
+    ) -> None:
         if _is_unaligned(x_NK, y_NM):
-            return super().outer_products(y_NM, x_NK, counts_E)
-        return F.grouped_mm(y_NM.t(), x_NK, offs=counts_E.cumsum(0).to(torch.int32))
+            super().outer_products(out_EMK, y_NM, x_NK, counts_E, add=add)
+            return
+        sums_EMK = F.grouped_mm(y_NM.t(), x_NK, offs=counts_E.cumsum(0).to(torch.int32))
+        out_EMK.copy_(out_EMK + sums_EMK if add else sums_EMK)
 
 
 def _is_unaligned(*matrices: Tensor) -> bool:
@@ -277,14 +292,19 @@ class ReferenceBackend:
     For tests: slow, plain, exact.
     """
 
+    chunk_bytes = None
+
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
         return torch.cat([x_NK.new_empty(0, w_EKM.shape[2]), *rows])
 
-    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+    def outer_products(
+        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
+    ) -> None:
         blocks = zip(y_NM.split(counts_E.tolist()), x_NK.split(counts_E.tolist()), strict=True)
-        return torch.stack([y.t() @ x for y, x in blocks])
+        sums_EMK = torch.stack([y.t() @ x for y, x in blocks])
+        out_EMK.copy_(out_EMK + sums_EMK if add else sums_EMK)
 
     # What is differentiated begins with a block of no rows that hangs on every input: a rank
     # without a row must still meet the others in the exchanges of the backward pass.
@@ -338,5 +358,5 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The best backend for what the model computes in."""
     if device.type == "cuda":
         # There the grouped product and flash attention are made for half precision.
-        return FlashBackend() if dtype is torch.bfloat16 else LoopBackend()
+        return FlashBackend(None) if dtype is torch.bfloat16 else LoopBackend(None)
     return LoopBackend() if dtype is torch.float64 else GroupedBackend()

@@ -6,6 +6,7 @@ Shape suffixes: R rows, N copies of rows, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,25 +18,24 @@ from torch import Tensor
 class RowCopies:
     """Which row each copy is of. Each direction is the other's gradient.
 
-    Sums are taken row by row, in an order that is the same on every device and in every pass, and
-    not by adding up in whatever order copies come.
+    A row's copies are summed in their order, on every device and in every pass, and not in
+    whatever order they come to be added.
     """
 
     row_N: Tensor
     """Index of each copy's row, int64."""
-    by_row_N: Tensor
-    """The copies, row after row, in the order in which a row's copies are summed: int64."""
-    starts_R: Tensor
-    """Where each row's copies begin in `by_row_N`, and a last entry of N: int64 [R + 1]."""
+    num_rows: int
 
-    @classmethod
-    def of(cls, row_N: Tensor, num_rows: int, by_row_N: Tensor | None = None) -> RowCopies:
-        """Of int64 [N]. Each row's copies are summed in their order, or in that of `by_row_N`."""
-        if by_row_N is None:
-            by_row_N = torch.argsort(row_N, stable=True)
-        starts_R = row_N.new_zeros(num_rows + 1)
-        torch.cumsum(torch.bincount(row_N, minlength=num_rows), 0, out=starts_R[1:])
-        return cls(row_N, by_row_N, starts_R)
+    @cached_property
+    def by_row_N(self) -> Tensor:
+        """The copies, row after row, a row's in their order: int64."""
+        return torch.argsort(self.row_N, stable=True)
+
+    @cached_property
+    def starts_R(self) -> Tensor:
+        """Where each row's copies begin in `by_row_N`, and a last entry of N: int64 [R + 1]."""
+        counts_R = torch.bincount(self.row_N, minlength=self.num_rows)
+        return F.pad(counts_R.cumsum(0), (1, 0))
 
     def gather(self, rows_RD: Tensor) -> Tensor:
         """Each copy: [N, D]. Differentiable."""

@@ -83,10 +83,6 @@ class SlicedColumnParallelLinear(ColumnParallelLinear):
         """A view of the weight: [slices, slice width, D]."""
         return weight.view(self.num_local_slices, -1, self.input_size)
 
-    def join(self, slices_EMD: Tensor) -> Tensor:
-        """The inverse of `slices`."""
-        return slices_EMD.flatten(0, 1)
-
 
 class SlicedRowParallelLinear(RowParallelLinear):
     """y = x A + b with A = [A_1; ...; A_n] cut by rows.
@@ -132,10 +128,6 @@ class SlicedRowParallelLinear(RowParallelLinear):
         """A view of the weight: [slices, D, slice width]."""
         return weight.view(self.output_size, self.num_local_slices, -1).transpose(0, 1)
 
-    def join(self, slices_EDM: Tensor) -> Tensor:
-        """The inverse of `slices`, as a copy."""
-        return slices_EDM.transpose(0, 1).flatten(1)
-
 
 class _SlicedProduct(torch.autograd.Function):
     """Each expert's rows times its slice: x [N, K] and a slice [M, K] of its weight to [N, M].
@@ -163,16 +155,14 @@ class _SlicedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x_NK, weight, counts_E = ctx.saved_tensors
         dy_NM = grad_outputs[0].contiguous()
-        w_EMK = ctx.linear.slices(weight)
         dx_NK = d_weight = None
         if ctx.needs_input_grad[0]:
-            dx_NK = ctx.backend.products(dy_NM, w_EMK[:, ctx.columns], counts_E)
+            w_EMK = ctx.linear.slices(weight)[:, ctx.columns]
+            dx_NK = ctx.backend.products(dy_NM, w_EMK, counts_E)
         if ctx.needs_input_grad[1]:
-            dw_EMK = ctx.backend.outer_products(dy_NM, x_NK, counts_E)
-            if dw_EMK.shape != w_EMK.shape:
-                part_EMK, dw_EMK = dw_EMK, torch.zeros_like(w_EMK)
-                dw_EMK[:, ctx.columns] = part_EMK
-            d_weight = ctx.linear.join(dw_EMK)
+            d_weight = torch.zeros_like(weight)
+            dw_EMK = ctx.linear.slices(d_weight)[:, ctx.columns]
+            ctx.backend.outer_products(dw_EMK, dy_NM, x_NK, counts_E, add=False)
         return dx_NK, d_weight, None, None, None, None
 
 
