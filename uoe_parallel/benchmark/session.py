@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uoe_parallel.benchmark.sizes import Sizes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.backends import choose_backend
 from uoe_parallel.model.block import DenseBlock
@@ -17,30 +18,6 @@ from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
 
 DTYPE = torch.float32
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of one layer and what passes through it."""
-
-    tokens: int = 4096
-    """Of all ranks together."""
-    sequence: int = 512
-    """Tokens of a sequence, a divisor of `tokens`."""
-    hidden: int = 512
-    ffn: int = 2048
-    experts: int = 16
-    top_k: int = 2
-    heads: int = 8
-
-    @property
-    def batch(self) -> int:
-        return self.tokens // self.sequence
-
-    @property
-    def active_ffn(self) -> int:
-        """Feed-forward width that a token passes through."""
-        return self.ffn * self.top_k // self.experts
 
 
 @dataclass(frozen=True)

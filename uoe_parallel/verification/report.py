@@ -182,15 +182,15 @@ class Report:
         return "".join([f"{name:{self._first_column}}", *cells]).rstrip()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises UserError if it can't be written."""
+def write_json(path: Path, content: Mapping[str, Any], *, option: str = "--json") -> None:
+    """Raises UserError, which names the `option` that the path is from, if it can't be written."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"--json: {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from None
 
 
 def _plain(value: Any) -> Any:
