@@ -19,6 +19,7 @@ from uoe_parallel.experts.slices import (
     SlicedColumnParallelLinear,
     SlicedRowParallelLinear,
 )
+from uoe_parallel.parallel.random import recompute_between
 from uoe_parallel.parallel.sharding import gather_full, load_full
 
 
@@ -44,6 +45,8 @@ class UnionOfMLPExperts(nn.Module):
     (arXiv 2503.02495, section 3). With SwiGLU, expert i's slice of `fc1` holds its gate columns
     and then its up columns, so that any whole number of experts is one contiguous shard.
 
+    With `recompute`, the dense block keeps nothing between its linears but what `fc1` makes.
+
     Raises nothing of its own: sizes are checked with the config.
     """
 
@@ -62,6 +65,7 @@ class UnionOfMLPExperts(nn.Module):
         fc1_init: InitMethod,
         fc2_init: InitMethod,
         group: ProcessGroup,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         assert ffn_size % num_experts == 0 and num_experts % group.size() == 0
@@ -69,6 +73,7 @@ class UnionOfMLPExperts(nn.Module):
         self.gated = activation == "swiglu"
         self.expert_width = ffn_size // num_experts
         self.backend = backend
+        self.recompute = recompute
         self.group = group
         self.fc1 = SlicedColumnParallelLinear(
             hidden_size,
@@ -110,7 +115,10 @@ class UnionOfMLPExperts(nn.Module):
         makes no difference, so there is nothing to keep of it either.
         """
         if assignment is None or gates_N is None:
-            return self.fc2(self._activate(self.fc1(x)))
+            hidden = self.fc1(x)
+            if self.recompute:
+                return recompute_between(self._activate, self.fc2, hidden)
+            return self.fc2(self._activate(hidden))
         counts_E = assignment.expert_counts_E
         hidden_NF = self._activate(self.fc1(assignment.gather(x), counts_E, self.backend))
         # A gate on the narrow hidden row is the gate on the wide result: fc2 is linear.
