@@ -27,6 +27,7 @@ from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_v
 from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import choose_backend
 from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.model.norm import choose_rms_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
@@ -129,7 +130,8 @@ class Trainer:
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        self.picks = f"{type(backend).__name__}, {self.engine.optimizer_name}"
+        _, norm = choose_rms_norm(device.torch_device.type)
+        self.picks = f"{type(backend).__name__}, {norm}, {self.engine.optimizer_name}"
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
         self.metrics: MetricsWriter | None = None
