@@ -14,6 +14,7 @@ RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
 Precision = Literal["fp32", "bf16", "fp64"]
 Task = Literal["next_token", "masked_token", "classification"]
 Recompute = Literal["none", "selective", "full"]
+ExpertProducts = Literal["auto", "grouped", "loop"]
 
 
 class Section(BaseModel):
@@ -207,6 +208,10 @@ class TrainingConfig(Section):
     linears: attention with its rotary positions, from queries, keys and values, and the activation,
     from the first linear's result. Nothing is routed or sent again. full: whole layers, from their
     inputs, with all that they send. No bit of a loss or gradient depends on it."""
+    expert_products: ExpertProducts = "auto"
+    """How rows are multiplied by their experts' slices: in one grouped call (not in fp64), slice by
+    slice in a loop, or by the faster of them, as measured when the run starts. Each rounds in its
+    own way: name one for a run that is to be repeated or resumed bit by bit."""
     validate_every: NonNegativeInt = 0
     """Steps between validation passes; 0 validates only at the end."""
     validation_sequences: PositiveInt = 64

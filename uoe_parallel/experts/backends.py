@@ -12,6 +12,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.config.schema import ExpertProducts
+from uoe_parallel.errors import UserError
+from uoe_parallel.experts.timing import time_products
 
 
 @dataclass(frozen=True)
@@ -204,8 +209,8 @@ class GroupedBackend(LoopBackend):
         return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
 
 
-class FlashBackend(GroupedBackend):
-    """Grouped products and variable-length flash attention: half precision on CUDA."""
+class FlashAttention(PaddedAttention):
+    """Variable-length flash attention: half precision on CUDA."""
 
     def attention(
         self,
@@ -243,6 +248,14 @@ class FlashBackend(GroupedBackend):
         )
         assert isinstance(out, Tensor)
         return out
+
+
+class FlashBackend(FlashAttention, GroupedBackend):
+    """Flash attention with grouped products."""
+
+
+class FlashLoopBackend(FlashAttention, LoopBackend):
+    """Flash attention with one product per slice."""
 
 
 class ReferenceBackend:
@@ -306,9 +319,46 @@ def _attend_row(q_Hd: Tensor, k_Kd: Tensor, v_Kd: Tensor, dropout: float) -> Ten
     return (weights_HK.unsqueeze(-1) * v_Kd).sum(1).unsqueeze(0)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The best backend for what the model computes in."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, group: ProcessGroup | None = None
+) -> Backend:
+    """The fastest backend for what the model computes in; see `pick_backend`."""
+    return pick_backend(device, dtype, "auto", group)[0]
+
+
+def pick_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    products: ExpertProducts,
+    group: ProcessGroup | None,
+) -> tuple[Backend, str]:
+    """The backend with the products asked for, or with the fastest, and its name for the log.
+
+    The same on all ranks of `group`, over which it is collective. Raises UserError for products
+    that `dtype` does not have on `device`.
+    """
+    found = available_backends(device, dtype)
+    if products in found:
+        return found[products], products
+    if products != "auto":
+        raise UserError(
+            f"training.expert_products={products} is not for {dtype} on {device.type}; use auto or "
+            + " or ".join(found)
+        )
+    if len(found) == 1:
+        [(name, backend)] = found.items()
+        return backend, name
+    seconds = time_products(found, device, dtype, group)
+    name, other, *_ = sorted(seconds, key=seconds.__getitem__)
+    return found[name], f"{name} ({seconds[name] / seconds[other]:.2f} x {other})"
+
+
+def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
+    """By the name of their products, those that `dtype` has on `device`."""
     if device.type == "cuda":
         # There the grouped product and flash attention are made for half precision.
-        return FlashBackend() if dtype is torch.bfloat16 else LoopBackend()
-    return LoopBackend() if dtype is torch.float64 else GroupedBackend()
+        half: dict[str, Backend] = {"grouped": FlashBackend(), "loop": FlashLoopBackend()}
+        return half if dtype is torch.bfloat16 else {"loop": LoopBackend()}
+    if dtype is torch.float64:
+        return {"loop": LoopBackend()}
+    return {"grouped": GroupedBackend(), "loop": LoopBackend()}
