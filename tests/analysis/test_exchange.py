@@ -12,7 +12,6 @@ from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.analysis.exchange import ExchangeSizes, sample_exchange
 from uoe_parallel.dispatch.plan import plan_exchange
-from uoe_parallel.experts.documents import Documents
 
 TOKENS, EXPERTS, TOP_K, RANKS = 4000, 12, 3, 4
 
@@ -28,9 +27,7 @@ def _masks(seed: int) -> list[Tensor]:
 def _plan(seeds: range) -> list[ExchangeSizes]:
     groups = start(RANKS, sequence_parallel=True)
     masks = [_masks(seed)[groups.rank] for seed in seeds]
-    length, batch, _ = masks[0].shape
-    documents = Documents.whole(RANKS * length, batch, masks[0].device)
-    plans = [plan_exchange(mask, groups.tensor, RANKS, documents) for mask in masks]
+    plans = [plan_exchange(mask, groups.tensor) for mask in masks]
     return [ExchangeSizes.of_plan(plan) for plan in plans]
 
 

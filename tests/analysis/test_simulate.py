@@ -122,11 +122,12 @@ def _check_traffic(simulation: Simulation, config: RunConfig) -> None:
         if sends:
             sent = by_purpose[purpose, phase, group]
             assert sent.payload == simulation.micro_batches * length * batch * width * element
-    # Top-k choices of tokens leave in pairs of one id each; a token visits a rank at most once.
+    # Top-k choices of tokens leave in pairs of a gate and a number, 4 bytes each; a token visits a
+    # rank at most once.
     pairs = length * batch * config.feed_forward.top_k * len(simulation.layers)
-    ids = by_purpose["dispatch expert ids", "forward", "expert"]
+    gates = by_purpose["dispatch gates", "forward", "expert"]
     rows = by_purpose["dispatch rows", "forward", "expert"]
-    assert ids.payload == 8 * pairs * simulation.micro_batches
+    assert gates.payload == 8 * pairs * simulation.micro_batches
     assert 0 < rows.payload <= pairs * width * element * simulation.micro_batches
     assert 0 < rows.kept < rows.payload
 

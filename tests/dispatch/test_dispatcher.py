@@ -345,11 +345,11 @@ def test_every_row_crosses_to_a_rank_once_each_way(
 def test_ranks_take_part_in_the_same_collectives(
     named_traces: Traces, layout: ParallelLayout
 ) -> None:
-    """Whatever a rank sends: counts, expert ids, rows, gates and sums, then three gradients."""
-    counts, ids_and_gates, rows = "alltoall_base_(2,)", "alltoall_base_()", "alltoall_base_(3,)"
+    """Whatever a rank sends: counts, rows, gates with expert ids and sums, then three gradients."""
+    pairs, gradients, rows = "alltoall_base_(2,)", "alltoall_base_()", "alltoall_base_(3,)"
     for of_rank in named_traces(layout):
         for trace in of_rank:
-            assert _shapes(trace.collectives) == {counts: 1, ids_and_gates: 3, rows: 4}
+            assert _shapes(trace.collectives) == {pairs: 2, gradients: 1, rows: 4}
 
 
 @pytest.mark.parametrize("layout", REPLICATED, ids=layout_id)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
+from uoe_parallel.experts.documents import Documents
 
 EXPERTS, DOCUMENTS, LENGTH = 3, 2, 5
 
@@ -21,14 +22,14 @@ routings = st.sets(
 def _sort(pairs: list[tuple[int, int, int]]) -> tuple[Assignment, torch.Tensor]:
     """Every token of every document is a row."""
     position_N, document_N, expert_N = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
+    token_N = position_N * DOCUMENTS + document_N
     return sort_pairs(
-        row_N=position_N * DOCUMENTS + document_N,
+        row_N=token_N,
         expert_N=expert_N,
-        document_N=document_N,
-        position_N=position_N,
+        token_N=token_N,
+        documents=Documents.whole(LENGTH, DOCUMENTS, token_N.device),
         num_rows=LENGTH * DOCUMENTS,
         num_experts=EXPERTS,
-        num_documents=DOCUMENTS,
     )
 
 
@@ -41,8 +42,7 @@ def test_pairs_are_sorted_by_expert_document_and_position(
     wanted = sorted(pairs, key=lambda pair: (pair[2], pair[1], pair[0]))
     assert [pairs[i] for i in order.tolist()] == wanted
     assert assignment.position_N.tolist() == [t for t, _, _ in wanted]
-    assert assignment.row_N.tolist() == [t * DOCUMENTS + b for t, b, _ in wanted]
-    assert assignment.row_N.shape[0] == len(wanted)
+    assert assignment.copies.row_N.tolist() == [t * DOCUMENTS + b for t, b, _ in wanted]
     experts, documents = range(EXPERTS), range(DOCUMENTS)
     assert assignment.expert_counts_E.tolist() == [sum(p[2] == e for p in wanted) for e in experts]
     assert assignment.run_lengths_G.tolist() == [
@@ -53,7 +53,7 @@ def test_pairs_are_sorted_by_expert_document_and_position(
 @given(routings)
 def test_rows_are_gathered_and_summed_with_gradients(routing: set[tuple[int, int, int]]) -> None:
     assignment, _ = _sort(sorted(routing))
-    rows = assignment.row_N.tolist()
+    rows = assignment.copies.row_N.tolist()
     generator = torch.Generator().manual_seed(len(rows))
     x = torch.randn(LENGTH * DOCUMENTS, 3, generator=generator).requires_grad_()
     pairs = torch.randn(len(rows), 3, generator=generator).requires_grad_()

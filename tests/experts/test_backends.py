@@ -138,12 +138,20 @@ def test_products(
     widths: tuple[int, int],
 ) -> None:
     """Weights also in the strides in which Megatron's linears hold them, and of any width."""
-    x, w = _leaves((sum(counts_E), widths[0]), (len(counts_E), *widths))
-    exact = [x.clone().requires_grad_(), w.clone().requires_grad_()]
-    leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
-    slices = leaves[1].transpose(1, 2).contiguous().transpose(1, 2) if transposed else leaves[1]
-    found = backend.products(leaves[0], slices, torch.tensor(counts_E))
-    _check(found, _products(exact[0], exact[1], counts_E), leaves, exact, tolerance)
+    x, w, y = _leaves(
+        (sum(counts_E), widths[0]), (len(counts_E), *widths), (sum(counts_E), widths[1])
+    )
+    slices = w.to(dtype)
+    if transposed:
+        slices = slices.transpose(1, 2).contiguous().transpose(1, 2)
+    count_of = torch.tensor(counts_E)
+    found = backend.products(x.to(dtype), slices, count_of)
+    near = {"rtol": tolerance.rtol, "atol": tolerance.atol}
+    torch.testing.assert_close(found.double(), _products(x, w, counts_E), **near)
+    found = backend.outer_products(y.to(dtype), x.to(dtype), count_of)
+    blocks = zip(y.split(counts_E), x.split(counts_E), strict=True)
+    wanted = torch.stack([y_block.t() @ x_block for y_block, x_block in blocks])
+    torch.testing.assert_close(found.double(), wanted, **near)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)

@@ -259,7 +259,7 @@ def conserved(rules: dict[str, dict[str, Any]], task: str) -> dict[tuple[str, st
             computed: list[int] = []
 
             def count(module: Any, arguments: Any, computed: list[int] = computed) -> None:
-                computed.append(len(arguments[2].row_N))
+                computed.append(len(arguments[2].token_N))
 
             block.experts.register_forward_pre_hook(count)
             context = model.context((BATCH, LENGTH), IDS, torch.device("cpu"))

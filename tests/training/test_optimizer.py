@@ -154,8 +154,8 @@ def test_apex_is_used_on_cuda_where_it_imports(monkeypatch: pytest.MonkeyPatch) 
 def test_apex_is_not_used_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     _apex(monkeypatch, FusedAdam=FusedAdam)
     optimizer, name = _built(CPU)
-    assert type(optimizer) is torch.optim.AdamW and not optimizer.defaults["fused"]
-    assert name == "torch.optim.AdamW(fused=False)"
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    assert name == "torch.optim.AdamW(fused=True)"
 
 
 @pytest.mark.parametrize("contents", [{}, {"another": "project"}])

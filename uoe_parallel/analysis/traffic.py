@@ -146,10 +146,10 @@ class _Passes:
 
         each = [2] * len(sizes.send_rows)
         yield all_to_all("dispatch counts", "forward", each, _COUNT)
-        yield all_to_all("dispatch expert ids", "forward", sizes.send_pairs, _COUNT)
         yield all_to_all("dispatch rows", "forward", sizes.send_rows, row)
         yield all_to_all("dispatch rows", "backward", sizes.receive_rows, row)
-        yield all_to_all("dispatch gates", "forward", sizes.send_pairs, self.precise)
+        # A gate and the number of its pair, of the same size.
+        yield all_to_all("dispatch gates", "forward", sizes.send_pairs, 2 * self.precise)
         yield all_to_all("dispatch gates", "backward", sizes.receive_pairs, self.precise)
         yield all_to_all("combine rows", "forward", sizes.receive_rows, row)
         yield all_to_all("combine rows", "backward", sizes.send_rows, row)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from uoe_parallel.dispatch.plan import plan_exchange, plan_local
+from uoe_parallel.dispatch.plan import plan_arrivals, plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
@@ -33,18 +33,23 @@ def run_sharded(
     once, however many of its experts live there; those add their results up before the one row
     returns. Collective over the group, forward and backward, also for ranks without a token.
     """
-    plan = plan_exchange(routing.mask_SBE, group, num_shards, documents)
-    x_TD = x_SBD.flatten(0, 1)
-    gates_TE = routing.gates_SBE.flatten(0, 1)
-    rows_RD = comm.all_to_all(
-        x_TD.index_select(0, plan.sent_token), plan.receive_rows, plan.send_rows, group
+    plan = plan_exchange(routing.mask_SBE, group)
+    rows = comm.start_all_to_all(
+        plan.sent.gather(x_SBD.flatten(0, 1)), plan.receive_rows, plan.send_rows, group
     )
-    sent_gates = gates_TE[plan.pair_token, plan.pair_expert]
-    gates_N = comm.all_to_all(sent_gates, plan.receive_pairs, plan.send_pairs, group)
-    sums_RD = experts(rows_RD, gates_N[plan.order], plan.assignment)
+    # Which pairs they are for is said and sorted while rows travel.
+    gates_N, ids_N = comm.all_to_all_with_ids(
+        _pick(routing.gates_SBE, plan.pair_token, plan.pair_expert),
+        plan.pair_ids,
+        plan.receive_pairs,
+        plan.send_pairs,
+        group,
+    )
+    length, batch, _ = x_SBD.shape
+    assignment, order = plan_arrivals(plan, ids_N, (length, batch), num_shards, documents)
+    sums_RD = experts(rows(), gates_N.gather(0, order), assignment)
     returned = comm.all_to_all(sums_RD, plan.send_rows, plan.receive_rows, group)
-    y_TD = returned.new_zeros(plan.num_tokens, returned.shape[1])
-    return y_TD.index_add(0, plan.sent_token, returned).view_as(x_SBD)
+    return plan.sent.sum(returned).view_as(x_SBD)
 
 
 def run_gathered(
@@ -65,8 +70,8 @@ def run_gathered(
     runs = group.size() // num_shards
     mask_SBE = _to_experts(routing.mask_SBE.to(torch.uint8), group)
     gates_SBE = _to_experts(routing.gates_SBE, group)
-    assignment, token_N, expert_N = plan_local(_side_by_side(mask_SBE, runs) > 0, documents)
-    gates_N = _side_by_side(gates_SBE, runs).flatten(0, 1)[token_N, expert_N]
+    assignment, expert_N = plan_local(_side_by_side(mask_SBE, runs) > 0, documents)
+    gates_N = _pick(_side_by_side(gates_SBE, runs), assignment.token_N, expert_N)
     whole_SBD = _side_by_side(comm.gather_sequence(x_SBD, group), runs)
     sums_TD = experts(whole_SBD.flatten(0, 1), gates_N, assignment)
     return comm.sum_shards(_in_turn(sums_TD.view_as(whole_SBD), runs), group)
@@ -105,8 +110,14 @@ def run_replicated(
     """
     num_local = routing.mask_SBE.shape[2] // group.size()
     own = slice(group.rank() * num_local, (group.rank() + 1) * num_local)
-    assignment, token_N, expert_N = plan_local(routing.mask_SBE[..., own], documents)
+    assignment, expert_N = plan_local(routing.mask_SBE[..., own], documents)
     x_TD = comm.sum_gradient(x_SBD, group).flatten(0, 1)
-    gates_TE = comm.sum_gradient(routing.gates_SBE, group)[..., own].flatten(0, 1)
-    sums_TD = experts(x_TD, gates_TE[token_N, expert_N], assignment)
+    gates_SBE = comm.sum_gradient(routing.gates_SBE, group)[..., own]
+    sums_TD = experts(x_TD, _pick(gates_SBE, assignment.token_N, expert_N), assignment)
     return comm.sum_forward(sums_TD, group).view_as(x_SBD)
+
+
+def _pick(gates_SBE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+    """Of each pair, no two of which are the same: [N]. Differentiable."""
+    # Not by two indices, whose gradient is sorted first: pairs might be the same.
+    return gates_SBE.reshape(-1).gather(0, token_N * gates_SBE.shape[-1] + expert_N)

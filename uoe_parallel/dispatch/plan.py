@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
 from uoe_parallel.experts.documents import Documents
+from uoe_parallel.experts.rows import RowCopies
 from uoe_parallel.parallel import comm
 
 
@@ -17,9 +18,8 @@ from uoe_parallel.parallel import comm
 class RoutePlan:
     """Built once per forward pass of a block; serves dispatch, combine and their backwards."""
 
-    assignment: Assignment
-    sent_token: Tensor
-    """Local token of each row this rank sends, by destination, then token: int64."""
+    sent: RowCopies
+    """A copy of a local token for each row this rank sends, by destination, then token."""
     send_rows: list[int]
     receive_rows: list[int]
     pair_token: Tensor
@@ -28,26 +28,25 @@ class RoutePlan:
     """Expert (numbered over the block) of each pair this rank sends: int64."""
     send_pairs: list[int]
     receive_pairs: list[int]
-    order: Tensor
-    """Received pair of each pair of the assignment: int64."""
-    num_tokens: int
+    num_local: int
+    """Experts of a rank."""
+
+    @property
+    def pair_ids(self) -> Tensor:
+        """What says to the ranks of the experts which pairs they get: int64."""
+        return self.pair_token * self.num_local + self.pair_expert % self.num_local
 
 
 @torch.no_grad()
-def plan_exchange(
-    mask_SBE: Tensor, group: ProcessGroup, num_shards: int, documents: Documents
-) -> RoutePlan:
+def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
     """Plan an all-to-all over `group` for tokens that are spread over it.
 
-    mask_SBE: bool. Every run of `num_shards` ranks of the group shares B sequences, each rank a
-    shard of S positions: rank p holds positions [q S, (q + 1) S), q = p % num_shards, of the
-    sequences of run p // num_shards, and experts [p E/P, (p + 1) E/P). A token's row goes once to
-    every rank that holds one of its experts. `documents`: of the sequences of all runs, in their
-    order. Collective over the group: one exchange of counts, one of expert ids.
+    mask_SBE: bool, of this rank's tokens. Rank p holds experts [p E/P, (p + 1) E/P). A token's row
+    goes once to every rank that holds one of its experts. Collective over the group: one exchange
+    of counts.
     """
-    length, batch, num_experts = mask_SBE.shape
-    num_ranks, num_local = group.size(), num_experts // group.size()
-    num_tokens = length * batch
+    num_tokens = mask_SBE.shape[0] * mask_SBE.shape[1]
+    num_ranks, num_local = group.size(), mask_SBE.shape[2] // group.size()
     mask_PTE = mask_SBE.view(num_tokens, num_ranks, num_local).transpose(0, 1)
     visits_PT = mask_PTE.any(-1)
     _, sent_token = visits_PT.nonzero(as_tuple=True)
@@ -59,54 +58,66 @@ def plan_exchange(
     (send_rows, send_pairs), (receive_rows, receive_pairs) = (
         torch.stack((counts_P2, received_P2)).transpose(1, 2).tolist()
     )
-
-    ids = comm.all_to_all(pair_token * num_local + local_expert, receive_pairs, send_pairs, group)
-    source = torch.repeat_interleave(received_P2[:, 1], output_size=ids.shape[0])
-    # As they come, tokens of a sequence are ordered by position: its shards follow each other.
-    token_N = source * num_tokens + ids // num_local
-    position_N = source % num_shards * length + ids // num_local // batch
-    sequence_N = source // num_shards * batch + ids // num_local % batch
-    is_new_row = torch.ones_like(token_N, dtype=torch.bool)
-    is_new_row[1:] = token_N[1:] != token_N[:-1]
-    assignment, order = sort_pairs(
-        row_N=is_new_row.cumsum(0) - 1,
-        expert_N=ids % num_local,
-        document_N=documents.number_SB[position_N, sequence_N],
-        position_N=documents.position_SB[position_N, sequence_N],
-        num_rows=sum(receive_rows),
-        num_experts=num_local,
-        num_documents=documents.count,
-    )
     return RoutePlan(
-        assignment=assignment,
-        sent_token=sent_token,
+        sent=RowCopies.of(sent_token, num_tokens),
         send_rows=send_rows,
         receive_rows=receive_rows,
         pair_token=pair_token,
         pair_expert=destination * num_local + local_expert,
         send_pairs=send_pairs,
         receive_pairs=receive_pairs,
-        order=order,
-        num_tokens=num_tokens,
+        num_local=num_local,
     )
 
 
 @torch.no_grad()
-def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tensor, Tensor]:
+def plan_arrivals(
+    plan: RoutePlan, ids_N: Tensor, shape: tuple[int, int], num_shards: int, documents: Documents
+) -> tuple[Assignment, Tensor]:
+    """What this rank's experts take of the pairs that arrive.
+
+    ids_N: int64, the `pair_ids` of all ranks for this one, in rank order. shape: (S, B) of every
+    rank's tokens. Every run of `num_shards` ranks of the group shares B sequences: rank p holds
+    positions [q S, (q + 1) S), q = p % num_shards, of the sequences of run p // num_shards.
+    `documents`: of the sequences of all runs, in their order. Returns the assignment and which
+    arrived pair each of its pairs is (int64).
+    """
+    length, batch = shape
+    counts_P = torch.tensor(plan.receive_pairs, device=ids_N.device)
+    source_N = torch.repeat_interleave(counts_P, output_size=len(ids_N))
+    token_N = ids_N // plan.num_local
+    # As they come, tokens of a sequence are ordered by position: its shards follow each other.
+    position_N = source_N % num_shards * length + token_N // batch
+    sequence_N = source_N // num_shards * batch + token_N % batch
+    token_N = source_N * (length * batch) + token_N
+    is_new_row = torch.ones_like(token_N, dtype=torch.bool)
+    is_new_row[1:] = token_N[1:] != token_N[:-1]
+    return sort_pairs(
+        row_N=is_new_row.cumsum(0) - 1,
+        expert_N=ids_N % plan.num_local,
+        token_N=position_N * documents.shape[1] + sequence_N,
+        documents=documents,
+        num_rows=sum(plan.receive_rows),
+        num_experts=plan.num_local,
+    )
+
+
+@torch.no_grad()
+def plan_local(mask_SBE: Tensor, documents: Documents) -> tuple[Assignment, Tensor]:
     """The pairs of this rank's experts when the rank holds every token.
 
     mask_SBE: bool, of this rank's experts only. Rows are the tokens themselves, so nothing moves.
-    Returns the assignment and, in its order, each pair's token and expert (int64).
+    Returns the assignment and, in its order, each pair's expert (int64).
     """
     length, batch, num_experts = mask_SBE.shape
-    token_N, expert_N = mask_SBE.flatten(0, 1).nonzero(as_tuple=True)
-    assignment, order = sort_pairs(
-        row_N=token_N,
-        expert_N=expert_N,
-        document_N=documents.number_SB[token_N // batch, token_N % batch],
-        position_N=documents.position_SB[token_N // batch, token_N % batch],
-        num_rows=length * batch,
-        num_experts=num_experts,
-        num_documents=documents.count,
+    # Places in [E, B, S] are in the order of an assignment's pairs.
+    place_N = mask_SBE.permute(2, 1, 0).reshape(-1).nonzero().squeeze(1)
+    token_N = place_N % length * batch + place_N // length % batch
+    expert_N = place_N // (length * batch)
+    assignment = Assignment(
+        copies=RowCopies.of(token_N, length * batch),
+        expert_counts_E=torch.bincount(expert_N, minlength=num_experts),
+        token_N=token_N,
+        documents=documents,
     )
-    return assignment, token_N[order], expert_N[order]
+    return assignment, expert_N

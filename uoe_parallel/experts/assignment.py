@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from uoe_parallel.experts.documents import Documents
+from uoe_parallel.experts.rows import RowCopies
 
 
 @dataclass(frozen=True)
@@ -16,53 +20,61 @@ class Assignment:
     run in which a lower-triangular mask is the causal mask of the original positions.
     """
 
-    row_N: Tensor
-    """Index of each pair's row among this rank's rows, int64."""
-    position_N: Tensor
-    """Original position of each pair's token in its document, int64."""
-    document_N: Tensor
-    """Number of each pair's document, int64."""
+    copies: RowCopies
+    """A copy for each pair, of its row among this rank's rows. Every row has at least one, unless
+    tokens are replicated."""
     expert_counts_E: Tensor
     """Pairs of each expert, int64."""
-    run_lengths_G: Tensor
-    """Pairs of each (expert, document), expert-major, int64."""
-    num_rows: int
-    """Rows on this rank, each of at least one pair unless tokens are replicated."""
+    token_N: Tensor
+    """Each pair's token, s * B + b among those of `documents`, int64."""
+    documents: Documents
+    """Of whole sequences."""
+
+    @cached_property
+    def position_N(self) -> Tensor:
+        """Original position of each pair's token in its document, int64."""
+        return self.documents.position_SB.take(self.token_N)
+
+    @cached_property
+    def run_lengths_G(self) -> Tensor:
+        """Pairs of each (expert, document), expert-major, int64."""
+        num_experts, count = len(self.expert_counts_E), self.documents.count
+        expert_N = torch.repeat_interleave(self.expert_counts_E, output_size=len(self.token_N))
+        run_N = expert_N * count + self.documents.number_SB.take(self.token_N)
+        return torch.bincount(run_N, minlength=num_experts * count)
 
     def gather(self, rows_RD: Tensor) -> Tensor:
         """A copy of each pair's row: [N, D]."""
-        return rows_RD.index_select(0, self.row_N)
+        return self.copies.gather(rows_RD)
 
     def sum_by_row(self, pairs_ND: Tensor) -> Tensor:
         """The sum of each row's pairs, in expert order: [R, D]."""
-        rows_RD = pairs_ND.new_zeros(self.num_rows, pairs_ND.shape[1])
-        return rows_RD.index_add(0, self.row_N, pairs_ND)
+        return self.copies.sum(pairs_ND)
 
 
 def sort_pairs(
     *,
     row_N: Tensor,
     expert_N: Tensor,
-    document_N: Tensor,
-    position_N: Tensor,
+    token_N: Tensor,
+    documents: Documents,
     num_rows: int,
     num_experts: int,
-    num_documents: int,
 ) -> tuple[Assignment, Tensor]:
-    """Sort pairs that come in position order within each document.
+    """Sort pairs that come in the order of their rows, and the pairs of a row in that of experts.
 
-    All inputs are int64 [N]. Returns the assignment and the order: pair `order[i]` of the input
-    is the i-th of the assignment.
+    A row's pairs follow each other, and the rows of a document are in the order of positions. All
+    inputs are int64 [N]. Returns the assignment and the order: pair `order[i]` of the input is the
+    i-th of the assignment.
     """
-    run_N = expert_N * num_documents + document_N
+    run_N = expert_N * documents.count + documents.number_SB.take(token_N)
     order = torch.argsort(run_N, stable=True)
-    run_lengths_G = torch.bincount(run_N, minlength=num_experts * num_documents)
+    place_N = torch.empty_like(order)  # in the assignment, of each pair of the input
+    place_N[order] = torch.arange(len(order), device=order.device)
     assignment = Assignment(
-        row_N=row_N[order],
-        position_N=position_N[order],
-        document_N=document_N[order],
-        expert_counts_E=run_lengths_G.view(num_experts, num_documents).sum(1),
-        run_lengths_G=run_lengths_G,
-        num_rows=num_rows,
+        copies=RowCopies.of(row_N[order], num_rows, by_row_N=place_N),
+        expert_counts_E=torch.bincount(expert_N, minlength=num_experts),
+        token_N=token_N[order],
+        documents=documents,
     )
     return assignment, order

@@ -35,8 +35,13 @@ class Backend(Protocol):
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         """Each block of rows times its expert's slice: [N, M].
 
-        counts_E: int64, rows of each expert in the order of `x_NK`, with sum N.
+        counts_E: int64, rows of each expert in the order of `x_NK`, with sum N. Not differentiated.
         """
+        ...
+
+    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """The sum over each expert's rows of y x^T: [E, M, K], zero for an expert without rows.
+        Not differentiated."""
         ...
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
@@ -188,8 +193,18 @@ class LoopBackend(PaddedAttention):
     """One product per slice: any dtype and any width."""
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
-        blocks = x_NK.split(counts_E.tolist())
-        return torch.cat([x @ w for x, w in zip(blocks, w_EKM, strict=True)])
+        y_NM = x_NK.new_empty(len(x_NK), w_EKM.shape[2])
+        counts = counts_E.tolist()
+        for x, w, y in zip(x_NK.split(counts), w_EKM, y_NM.split(counts), strict=True):
+            torch.mm(x, w, out=y)
+        return y_NM
+
+    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+        sums_EMK = x_NK.new_empty(len(counts_E), y_NM.shape[1], x_NK.shape[1])
+        counts = counts_E.tolist()
+        for y, x, total in zip(y_NM.split(counts), x_NK.split(counts), sums_EMK, strict=True):
+            torch.mm(y.t(), x, out=total)
+        return sums_EMK
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
         # Not by one broadcast product, whose gradient of x would be made for each slice at once.
@@ -204,9 +219,18 @@ class GroupedBackend(LoopBackend):
     """
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
-        if any(width * x_NK.element_size() % 16 for width in w_EKM.shape[1:]):
+        if _is_unaligned(x_NK, w_EKM[0]):
             return super().products(x_NK, w_EKM, counts_E)
         return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
+
+    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+        if _is_unaligned(x_NK, y_NM):
+            return super().outer_products(y_NM, x_NK, counts_E)
+        return F.grouped_mm(y_NM.t(), x_NK, offs=counts_E.cumsum(0).to(torch.int32))
+
+
+def _is_unaligned(*matrices: Tensor) -> bool:
+    return any(x.shape[-1] * x.element_size() % 16 for x in matrices)
 
 
 class FlashAttention(PaddedAttention):
@@ -266,13 +290,17 @@ class ReferenceBackend:
     For tests: slow, plain, exact.
     """
 
-    # All begin with a block of no rows that hangs on every input: a rank without a row must
-    # still meet the others in the exchanges of the backward pass.
-
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
-        return torch.cat([x_NK[:0] @ w_EKM.sum(0), *rows])
+        return torch.cat([x_NK.new_empty(0, w_EKM.shape[2]), *rows])
+
+    def outer_products(self, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> Tensor:
+        blocks = zip(y_NM.split(counts_E.tolist()), x_NK.split(counts_E.tolist()), strict=True)
+        return torch.stack([y.t() @ x for y, x in blocks])
+
+    # What is differentiated begins with a block of no rows that hangs on every input: a rank
+    # without a row must still meet the others in the exchanges of the backward pass.
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
         rows = [x_NK[i : i + 1] @ w_EKM for i in range(len(x_NK))]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from uoe_parallel.experts.activation import GatedActivation, activate
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.cache import KeyValueCache
@@ -120,17 +120,15 @@ class UnionOfMLPExperts(nn.Module):
                 return recompute_between(self._activate, self.fc2, hidden)
             return self.fc2(self._activate(hidden))
         counts_E = assignment.expert_counts_E
-        hidden_NF = self._activate(self.fc1(assignment.gather(x), counts_E, self.backend))
+        hidden_NF = self.fc1(assignment.gather(x), counts_E, self.backend)
         # A gate on the narrow hidden row is the gate on the wide result: fc2 is linear.
-        gated_NF = hidden_NF * gates_N.to(hidden_NF.dtype).unsqueeze(1)
+        gated_NF = GatedActivation.apply(hidden_NF, gates_N, self.gated)
         return assignment.sum_by_row(self.fc2(gated_NF, counts_E, self.backend))
 
-    def _activate(self, x: Tensor) -> Tensor:
-        """[..., experts x (2 or 1) x width] to [..., experts x width]."""
-        if not self.gated:
-            return F.gelu(x)
-        gate, up = x.unflatten(-1, (-1, 2, self.expert_width)).unbind(-2)
-        return (F.silu(gate) * up).flatten(-2)
+    def _activate(self, hidden: Tensor) -> Tensor:
+        """Of the dense block: [..., width of `fc1`] to [..., width of `fc2`], on this rank."""
+        by_expert = hidden.unflatten(-1, (-1, self.expert_width * (2 if self.gated else 1)))
+        return activate(by_expert, self.gated).flatten(-2)
 
     def load_dense(self, dense: DenseMLPWeights) -> None:
         """Take this rank's slices of full dense weights."""

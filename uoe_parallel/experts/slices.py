@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -65,19 +66,26 @@ class SlicedColumnParallelLinear(ColumnParallelLinear):
         """
         if backend is None:
             return super().forward(x)[0]
-        with _released_with(self.weight):
-            weight_EMD = self.weight.view(self.num_local_slices, -1, x.shape[1])[:, columns]
-            w_EDM = weight_EMD.transpose(1, 2)
-            if counts_E is None:
-                y = backend.all_products(x, w_EDM)
-            else:
-                y = backend.products(x, w_EDM, counts_E)
+        if counts_E is None:
+            with _released_with(self.weight):
+                w_EMD = self.slices(self.weight)[:, columns]
+                y = backend.all_products(x, w_EMD.transpose(1, 2))
+        else:
+            y = _SlicedProduct.apply(x, self.weight, counts_E, backend, self, columns)
         if self.bias is None:
             return y
         b_EM = self.bias.view(self.num_local_slices, -1)[:, columns]
         if counts_E is None:
             return y + b_EM.unsqueeze(1)
         return y + torch.repeat_interleave(b_EM, counts_E, dim=0, output_size=x.shape[0])
+
+    def slices(self, weight: Tensor) -> Tensor:
+        """A view of the weight: [slices, slice width, D]."""
+        return weight.view(self.num_local_slices, -1, self.input_size)
+
+    def join(self, slices_EMD: Tensor) -> Tensor:
+        """The inverse of `slices`."""
+        return slices_EMD.flatten(0, 1)
 
 
 class SlicedRowParallelLinear(RowParallelLinear):
@@ -118,9 +126,54 @@ class SlicedRowParallelLinear(RowParallelLinear):
         """
         if counts_E is None or backend is None:
             return super().forward(x)[0]
-        with _released_with(self.weight):
-            w_EMD = self.weight.view(self.output_size, self.num_local_slices, -1).permute(1, 2, 0)
-            return backend.products(x, w_EMD, counts_E)
+        return _SlicedProduct.apply(x, self.weight, counts_E, backend, self, slice(None))
+
+    def slices(self, weight: Tensor) -> Tensor:
+        """A view of the weight: [slices, D, slice width]."""
+        return weight.view(self.output_size, self.num_local_slices, -1).transpose(0, 1)
+
+    def join(self, slices_EDM: Tensor) -> Tensor:
+        """The inverse of `slices`, as a copy."""
+        return slices_EDM.transpose(0, 1).flatten(1)
+
+
+class _SlicedProduct(torch.autograd.Function):
+    """Each expert's rows times its slice: x [N, K] and a slice [M, K] of its weight to [N, M].
+
+    What is kept for backward is the parameter itself and no view of it, which would hold on to the
+    weight that DeepSpeed gathers for a moment under ZeRO 3.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NK: Tensor,
+        weight: Tensor,
+        counts_E: Tensor,
+        backend: Backend,
+        linear: SlicedColumnParallelLinear | SlicedRowParallelLinear,
+        columns: slice,
+    ) -> Tensor:
+        ctx.save_for_backward(x_NK, weight, counts_E)
+        ctx.backend, ctx.linear, ctx.columns = backend, linear, columns
+        w_EMK = linear.slices(weight)[:, columns]
+        return backend.products(x_NK, w_EMK.transpose(1, 2), counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x_NK, weight, counts_E = ctx.saved_tensors
+        dy_NM = grad_outputs[0].contiguous()
+        w_EMK = ctx.linear.slices(weight)
+        dx_NK = d_weight = None
+        if ctx.needs_input_grad[0]:
+            dx_NK = ctx.backend.products(dy_NM, w_EMK[:, ctx.columns], counts_E)
+        if ctx.needs_input_grad[1]:
+            dw_EMK = ctx.backend.outer_products(dy_NM, x_NK, counts_E)
+            if dw_EMK.shape != w_EMK.shape:
+                part_EMK, dw_EMK = dw_EMK, torch.zeros_like(w_EMK)
+                dw_EMK[:, ctx.columns] = part_EMK
+            d_weight = ctx.linear.join(dw_EMK)
+        return dx_NK, d_weight, None, None, None, None
 
 
 def _released_with(weight: nn.Parameter) -> AbstractContextManager[object]:

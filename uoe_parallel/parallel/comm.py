@@ -7,6 +7,7 @@ Dimension 0 is the sequence (or row) dimension throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,98 @@ def all_to_all(
     way back. Every rank must call it, also with no rows.
     """
     return mappings.all_to_all(group, rows, receive_counts, send_counts)
+
+
+def start_all_to_all(
+    rows: Tensor, receive_counts: list[int], send_counts: list[int], group: ProcessGroup
+) -> Callable[[], Tensor]:
+    """`all_to_all` that goes on while the caller does other work: what is returned waits for the
+    rows and gives them. It must be called on every rank."""
+    pending: list[Any] = []
+    received = _StartAllToAll.apply(rows, receive_counts, send_counts, group, pending)
+
+    def arrived() -> Tensor:
+        for work in pending:
+            work.wait()
+        return received
+
+    return arrived
+
+
+class _StartAllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        receive_counts: list[int],
+        send_counts: list[int],
+        group: ProcessGroup,
+        pending: list[Any],
+    ) -> Tensor:
+        ctx.counts, ctx.group = (receive_counts, send_counts), group
+        received, work = _exchange(rows, receive_counts, send_counts, group, async_op=True)
+        pending.append(work)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        received, sent = ctx.counts
+        return _exchange(grad_outputs[0], sent, received, ctx.group)[0], None, None, None, None
+
+
+def all_to_all_with_ids(
+    values_N: Tensor,
+    ids_N: Tensor,
+    receive_counts: list[int],
+    send_counts: list[int],
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """`all_to_all` of fp32 or fp64 values with an integer each, below 2^31, in one message.
+
+    Returns both as they arrive, the ids as int64. Differentiable in the values.
+    """
+    received, ids = _AllToAllWithIds.apply(values_N, ids_N, receive_counts, send_counts, group)
+    return received, ids
+
+
+class _AllToAllWithIds(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_N: Tensor,
+        ids_N: Tensor,
+        receive_counts: list[int],
+        send_counts: list[int],
+        group: ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.counts, ctx.group = (receive_counts, send_counts), group
+        bits = torch.int64 if values_N.dtype is torch.float64 else torch.int32
+        message_N2 = torch.stack((values_N.view(bits), ids_N.to(bits)), dim=1)
+        message_N2, _ = _exchange(message_N2, receive_counts, send_counts, group)
+        values_N, ids_N = message_N2[:, 0].contiguous().view(values_N.dtype), message_N2[:, 1]
+        ids_N = ids_N.to(torch.int64, copy=True)
+        ctx.mark_non_differentiable(ids_N)
+        return values_N, ids_N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        received, sent = ctx.counts
+        return _exchange(grad_outputs[0], sent, received, ctx.group)[0], None, None, None, None
+
+
+def _exchange(
+    rows: Tensor,
+    receive_counts: list[int],
+    send_counts: list[int],
+    group: ProcessGroup,
+    async_op: bool = False,
+) -> tuple[Tensor, Any]:
+    """What arrives, and if asynchronous the work to wait for first."""
+    received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+    work = dist.all_to_all_single(
+        received, rows.contiguous(), receive_counts, send_counts, group=group, async_op=async_op
+    )
+    return received, work
 
 
 def sum_shards(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -7,12 +7,15 @@ tests run is the code that GPUs run.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_TRIM_THRESHOLD, _NUM_MMAPPED_BLOCKS = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,18 @@ def use_device(local_rank: int) -> Device:
     os.environ["DS_ACCELERATOR"] = "cpu"
     _answer_for_cuda()
     _skip_shared_memory_op()
+    _keep_freed_memory()
     return Device(torch.device("cpu"), "gloo")
+
+
+def _keep_freed_memory() -> None:
+    # glibc hands large blocks back to the system when they are freed, and takes each page with a
+    # fault when the next activation of the same size comes: of a step on a CPU this is a large
+    # part. CUDA has torch's caching allocator.
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # of GNU's C library
+        allocator.mallopt(_NUM_MMAPPED_BLOCKS, 0)
+        allocator.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def _answer_for_cuda() -> None:

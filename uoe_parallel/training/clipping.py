@@ -76,10 +76,12 @@ class GradientClipper:
     @torch.no_grad()
     def _measure(self, *_: Any, **__: Any) -> Tensor:
         """The norm, fp64. Collective over all ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
-        for param, gradient in self._gradients():
-            if counts_once(param, self._groups):
-                total += gradient.double().square().sum()
+        norms = [torch.zeros((), dtype=torch.float64, device=self._engine.device)] + [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            for param, gradient in self._gradients()
+            if counts_once(param, self._groups)
+        ]
+        total = torch.stack(norms).square().sum()
         self._norm = comm.sum_over(total, self._groups.world).sqrt()
         return self._norm
 

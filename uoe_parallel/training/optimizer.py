@@ -52,8 +52,7 @@ def build_optimizer(
         # Apex counts steps per group, from its first step on; a resumed run sets the count before.
         counted = [group | {"step": 0} for group in groups]
         return apex_adam(counted, adam_w_mode=True, **arguments), "apex.optimizers.FusedAdam"
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, fused=fused, **arguments), f"torch.optim.AdamW(fused={fused})"
+    return torch.optim.AdamW(groups, fused=True, **arguments), "torch.optim.AdamW(fused=True)"
 
 
 def _apex_fused_adam() -> Callable[..., Optimizer] | None:
