@@ -116,7 +116,8 @@ def test_introduction_tells_model_and_layout(finished: Run) -> None:
     assert "feed-forward 3 of 8 in 2 layers" in cells["experts"]
     assert "attention 2 of 4 in 2 layers" in cells["experts"]
     assert cells["precision"] == "fp32"
-    assert "AdamW" in cells["picked"]
+    assert cells["experts' products"] == "loop"
+    assert "rms_norm" in cells["picked"] and "AdamW" in cells["picked"]
 
 
 def test_every_step_reports_every_metric(finished: Run) -> None:

@@ -133,6 +133,7 @@ def _introduce(
                 f"layers, of {model.num_layers}",
             ),
             ("precision", config.training.precision),
+            ("experts' products", trainer.products),
             ("picked", trainer.picks),
         ],
     )

@@ -60,7 +60,7 @@ def take_steps(config: RunConfig) -> RealStep:
     shapes: dict[str, tuple[int, ...]] = {}
     gradients = _noted_gradients(trainer)
     _note_shapes(trainer.model, shapes)
-    recomputes = config.training.recompute_layers
+    recomputes = config.training.recompute == "full"
     with _recorded_exchanges(recomputes) as recorded, CollectiveObserver() as observer:
         trainer.train_step()
     exchanges = {name: recorded[i :: len(blocks)] for i, name in enumerate(blocks)}

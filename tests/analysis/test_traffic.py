@@ -18,7 +18,8 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.labelled import write_labelled_documents
 
 ONE_SEQUENCE: dict[str, Any] = {"micro_batch_size": 1}  # so that micro-batches add up to a step
-RECOMPUTE: dict[str, Any] = {"recompute_layers": True}
+RECOMPUTE: dict[str, Any] = {"recompute": "full"}
+SELECTIVE: dict[str, Any] = {"recompute": "selective"}
 DENSE: dict[str, Any] = {"routed_layers": "none"}
 FIRST: dict[str, Any] = {"routed_layers": [0]}
 NARROW: dict[str, Any] = {"hidden_size": 10, "num_heads": 5, "num_kv_heads": 5}
@@ -98,6 +99,24 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "attention": DENSE,
             "training": ONE_SEQUENCE | RECOMPUTE,
             "deepspeed": {"zero_optimization": NEVER_KEPT},
+        },
+    ),
+    "dp2-zero3 selective": (
+        2,
+        {
+            "parallel": {"zero_stage": 3},
+            "feed_forward": FIRST,
+            "training": ONE_SEQUENCE | SELECTIVE,
+            "deepspeed": {"zero_optimization": NEVER_KEPT},
+        },
+    ),
+    "tp2-sp selective": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "feed_forward": FIRST,
+            "attention": DENSE,
+            "training": ONE_SEQUENCE | SELECTIVE,
         },
     ),
     "tp2-sp rules": (

@@ -243,6 +243,17 @@ BROKEN = [
         ),
     ),
     (
+        {
+            "training__precision": "fp64",
+            "training__expert_products": "grouped",
+            "parallel__zero_stage": 0,
+        },
+        (
+            'training.expert_products = "grouped" can\'t be combined with training.precision = '
+            '"fp64", which has no grouped product; use "loop" or "auto"'
+        ),
+    ),
+    (
         {"parallel__pipeline": 5},
         "parallel.pipeline = 5 is more than model.num_layers = 4; use at most 4",
     ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,15 +27,21 @@ from tests.unions import (
     run_routed,
     start,
 )
+from uoe_parallel.config.schema import ExpertProducts
+from uoe_parallel.errors import UserError
+from uoe_parallel.experts import timing
 from uoe_parallel.experts.backends import (
     Backend,
     FlashBackend,
+    FlashLoopBackend,
     GroupedBackend,
     Keys,
     LoopBackend,
     PaddedAttention,
     ReferenceBackend,
+    available_backends,
     choose_backend,
+    pick_backend,
 )
 from uoe_parallel.parallel.layout import ParallelLayout
 
@@ -138,15 +147,15 @@ def test_products(
         slices = slices.transpose(1, 2).contiguous().transpose(1, 2)
     count_of = torch.tensor(counts_E)
     found = backend.products(x.to(dtype), slices, count_of)
-    near = {"rtol": tolerance.rtol, "atol": tolerance.atol}
-    torch.testing.assert_close(found.double(), _products(x, w, counts_E), **near)
+    check = partial(torch.testing.assert_close, rtol=tolerance.rtol, atol=tolerance.atol)
+    check(found.double(), _products(x, w, counts_E))
     blocks = zip(y.split(counts_E), x.split(counts_E), strict=True)
     wanted = torch.stack([y_block.t() @ x_block for y_block, x_block in blocks])
     out = torch.full(wanted.transpose(1, 2).shape, torch.nan, dtype=dtype).transpose(1, 2)
     backend.outer_products(out, y.to(dtype), x.to(dtype), count_of, add=False)
-    torch.testing.assert_close(out.double(), wanted, **near)
+    check(out.double(), wanted)
     backend.outer_products(out, y.to(dtype), x.to(dtype), count_of, add=True)
-    torch.testing.assert_close(out.double(), 2 * wanted, **near)
+    check(out.double(), 2 * wanted)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
@@ -337,11 +346,85 @@ def test_unions_compute_the_reference_with_every_backend(
         )
 
 
-def test_choice_of_backend() -> None:
+def test_backends_by_device_and_precision() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert type(choose_backend(cpu, torch.float64)) is LoopBackend
-    assert type(choose_backend(cuda, torch.float64)) is LoopBackend
-    assert type(choose_backend(cpu, torch.float32)) is GroupedBackend
-    assert type(choose_backend(cuda, torch.float32)) is LoopBackend
-    assert type(choose_backend(cpu, torch.bfloat16)) is GroupedBackend
-    assert type(choose_backend(cuda, torch.bfloat16)) is FlashBackend
+    loop, half = {"loop": LoopBackend}, {"grouped": FlashBackend, "loop": FlashLoopBackend}
+    both = {"grouped": GroupedBackend, "loop": LoopBackend}
+    for device, dtype, wanted in (
+        (cpu, torch.float64, loop),
+        (cuda, torch.float64, loop),
+        (cpu, torch.float32, both),
+        (cuda, torch.float32, loop),
+        (cpu, torch.bfloat16, both),
+        (cuda, torch.bfloat16, half),
+    ):
+        found = available_backends(device, dtype)
+        assert {name: type(backend) for name, backend in found.items()} == wanted
+
+
+def test_what_may_be_chosen_on_a_cpu_is_held_against_the_reference() -> None:
+    tested = {(type(case.values[0]), case.values[1]) for case in BACKENDS}
+    for dtype in (torch.float32, torch.float64):
+        found = available_backends(torch.device("cpu"), dtype).values()
+        assert {(type(backend), dtype) for backend in found} <= tested
+
+
+def _pick(products: ExpertProducts, dtype: torch.dtype, loop_by_rank: list[float]) -> list[str]:
+    """What is picked where a grouped product seems to take a second and a loop so long as given,
+    and for what number of products it was asked."""
+    groups = start(dist.get_world_size(), sequence_parallel=False)
+    asked: list[str] = []
+
+    def seem(backend: Backend, device: torch.device, dtype: torch.dtype) -> float:
+        is_loop = type(backend) is LoopBackend
+        asked.append("loop" if is_loop else "grouped")
+        return loop_by_rank[groups.rank] if is_loop else 1.0
+
+    original, timing.seconds_of_product = timing.seconds_of_product, seem
+    try:
+        backend, name = pick_backend(torch.device("cpu"), dtype, products, groups.world)
+    finally:
+        timing.seconds_of_product = original
+    return [type(backend).__name__, name, *sorted(set(asked))]
+
+
+@pytest.mark.parametrize(
+    ("loop_by_rank", "picked"),
+    [
+        ([0.5, 4.0], ["LoopBackend", "loop (0.50 x grouped)"]),
+        ([4.0, 0.5], ["GroupedBackend", "grouped (0.25 x loop)"]),
+    ],
+)
+def test_all_ranks_take_what_was_faster_on_the_first(
+    ranks: Ranks, loop_by_rank: list[float], picked: list[str]
+) -> None:
+    found = ranks(2).run(_pick, "auto", torch.float32, loop_by_rank)
+    assert found == [[*picked, "grouped", "loop"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("products", "dtype", "picked"),
+    [
+        ("loop", torch.float32, ["LoopBackend", "loop"]),
+        ("grouped", torch.float32, ["GroupedBackend", "grouped"]),
+        ("auto", torch.float64, ["LoopBackend", "loop"]),
+    ],
+)
+def test_nothing_is_timed_where_there_is_nothing_to_choose(
+    ranks: Ranks, products: ExpertProducts, dtype: torch.dtype, picked: list[str]
+) -> None:
+    assert ranks(1).run(_pick, products, dtype, [1.0])[0] == picked
+
+
+def test_products_that_a_device_has_not_are_refused() -> None:
+    with pytest.raises(UserError, match=r"expert_products=grouped is not for .*cuda.* or loop"):
+        pick_backend(torch.device("cuda"), torch.float32, "grouped", None)
+
+
+def test_timing_runs_every_backend_and_leaves_the_random_state() -> None:
+    before = torch.get_rng_state()
+    found = available_backends(torch.device("cpu"), torch.float32)
+    seconds = timing.time_products(found, torch.device("cpu"), torch.float32, None)
+    assert seconds.keys() == found.keys() and all(map(math.isfinite, seconds.values()))
+    assert type(choose_backend(torch.device("cpu"), torch.float32)) in map(type, found.values())
+    assert torch.equal(torch.get_rng_state(), before)

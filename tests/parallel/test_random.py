@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.harness import RankError, Ranks
+from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.parallel.groups import start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -21,6 +21,7 @@ from uoe_parallel.parallel.random import (
     random_setters,
     random_states,
     recompute,
+    recompute_between,
     seed_streams,
     stream_seed,
 )
@@ -82,16 +83,16 @@ def test_the_same_streams_under_the_same_seed(ranks: Ranks) -> None:
         assert torch.equal(torch.cat(one[stream]), torch.cat(other[stream]))
 
 
-def _noisy(calls: list[None], x: Tensor) -> Tensor:
+def _noisy(calls: list[None], x: Tensor, other: Tensor) -> Tensor:
     """A function that draws from everywhere."""
     calls.append(None)
     for noise in (*(_draw(stream, x.numel()) for stream in Stream), torch.rand(x.numel())):
-        x = (x * noise).sin()
+        x = (x * noise).sin() * other
     return x
 
 
-def _plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
+def _plainly(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return function(*inputs)
 
 
 def _two_micro_batches(recomputed: bool) -> tuple[list[Tensor], int, int]:
@@ -111,7 +112,7 @@ def _two_micro_batches(recomputed: bool) -> tuple[list[Tensor], int, int]:
 
     inputs = [torch.linspace(1, 2, 6).requires_grad_(), torch.linspace(3, 4, 6).requires_grad_()]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        outputs = [run(partial(_noisy, calls), x) for x in inputs]
+        outputs = [run(partial(_noisy, calls), x, x.detach()) for x in inputs]
     for y in outputs:
         y.square().sum().backward()
     gradients = [x.grad for x in inputs if x.grad is not None]
@@ -129,15 +130,43 @@ def test_recomputation_draws_the_same_numbers_again(ranks: Ranks) -> None:
         assert torch.equal(one, other)
 
 
-def _recompute_without_gradient() -> None:
-    recompute(torch.sin, torch.ones(1))
+def test_an_input_that_requires_no_gradient_costs_a_weight_none() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    recompute(weight.mul, torch.full((3,), 2.0)).sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [2.0] * 3
 
 
-def test_recomputation_refuses_an_input_that_would_cost_parameters_their_gradients(
-    ranks: Ranks,
-) -> None:
-    with pytest.raises(RankError, match="AssertionError"):
-        ranks(1).run(_recompute_without_gradient)
+def _between(again: bool) -> tuple[list[Tensor], int, int, int]:
+    """A linear after an activation: result and gradients; bytes of the linear's input after the
+    forward pass; hooks that are left after the backward pass; calls of the activation."""
+    start(1, sequence_parallel=False)
+    x, weight = (torch.linspace(-1, 2, n).view(-1, 4).requires_grad_() for n in (12, 8))
+    calls: list[None] = []
+    inputs: list[Tensor] = []
+
+    def activate(x: Tensor) -> Tensor:
+        calls.append(None)
+        return torch.nn.functional.silu(x) * x
+
+    def linear(activated: Tensor) -> Tensor:
+        inputs.append(activated)
+        return torch.nn.functional.linear(activated, weight)
+
+    y = recompute_between(activate, linear, x) if again else linear(activate(x))
+    held = inputs[0].untyped_storage().nbytes()
+    y.square().sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    hooks = len(y._backward_hooks or ())
+    return [y.detach(), x.grad, weight.grad], held, hooks, len(calls)
+
+
+def test_what_lies_between_is_given_back_and_filled_again(ranks: Ranks) -> None:
+    expected, *others = ranks(1).run(_between, False)[0]
+    found, *others_again = ranks(1).run(_between, True)[0]
+    assert others == [4 * 12, 0, 1]
+    assert others_again == [0, 0, 3]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def _save(tensor: int) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -52,7 +52,7 @@ NAMED: dict[str, tuple[int, dict[str, Any]]] = {
     "recomputed stages with wide experts": (
         4,
         {
-            "training": {"recompute_layers": True},
+            "training": {"recompute": "full"},
             "parallel": {"pipeline": 2, "expert": 2, "zero_stage": 1},
         },
     ),

@@ -142,7 +142,7 @@ def test_resumed_run_equals_the_run_that_never_stopped(
             "steps": steps,
             "precision": precision,
             "warmup_steps": 2,
-            "recompute_layers": precision == "fp32",
+            "recompute": "selective" if precision == "fp32" else "none",
         },
     }
     straight = _config(tmp_path / "straight", **sections)
@@ -288,7 +288,7 @@ def test_data_that_moved_is_taken(ranks: Ranks, saved: tuple[Path, float], tmp_p
 def test_dropout_and_recomputation_may_change(
     ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
 ) -> None:
-    changes = ["model.dropout=0.1", "model.attention_dropout=0.1", "training.recompute_layers=true"]
+    changes = ["model.dropout=0.1", "model.attention_dropout=0.1", "training.recompute=full"]
     overrides = [_copy(saved, tmp_path / "run"), *changes, "training.steps=3"]
     life, _ = ranks(2).run(_live, load_config(saved[0], overrides))
     assert list(life.steps) == [3]

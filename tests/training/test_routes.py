@@ -400,6 +400,19 @@ def test_recomputation_under_a_pipelines_order_changes_nothing(
         assert all(int(flipped) > 0 for flipped in plain.routes.values())
 
 
+def test_recomputation_follows_the_same_record(ranks: Ranks) -> None:
+    own = ranks(1).run(recompute, tiny_config(), None, False)[0].routes
+    forced = {name: routes.flip(0) for name, routes in own.items()}
+    plain, *others = (
+        ranks(1).run(recompute, tiny_config(training={"recompute": mode}), forced, False)[0]
+        for mode in ("none", "selective", "full")
+    )
+    assert all(int(flipped) > 0 for flipped in plain.routes.values())
+    for found in others:
+        assert_same(plain.gradients, found.gradients)
+        assert_same(plain.routes, found.routes)
+
+
 def followed_gates(config: RunConfig, forced: Masks) -> dict[str, float]:
     """Of each block the smallest gate of a followed pair, recorded of other sequences."""
     model = build_model(config, start(config))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.tiny import tiny_config
 from uoe_parallel.config.checks import RULES
+from uoe_parallel.config.schema import Precision
 from uoe_parallel.errors import UserError
 from uoe_parallel.verification.settings import (
     changes,
@@ -46,6 +47,16 @@ def test_a_comparable_run_keeps_every_step_and_nothing_else() -> None:
         "logging.tensorboard true -> false",
         'routes.replay "somewhere" -> null',
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "kept"),
+    [("auto", "fp32", "loop"), ("grouped", "fp32", "grouped"), ("grouped", "fp64", "loop")],
+)
+def test_layouts_multiply_alike(given: str, precision: Precision, kept: str) -> None:
+    config = tiny_config(training={"expert_products": given})
+    derived = comparable(config, steps=1, precision=precision)
+    assert derived.training.expert_products == kept
 
 
 def test_a_config_that_can_not_run_so_is_refused() -> None:

@@ -82,7 +82,7 @@ class _Passes:
         self.sequences = config.training.micro_batch_size
         self.tokens = self.sequences * config.model.sequence_length
         self.width = config.model.hidden_size
-        self.recomputes = config.training.recompute_layers
+        self.recomputes = config.training.recompute == "full"
         self.element = dtype.itemsize
         """Bytes of an activation's element."""
         self.precise = torch.promote_types(dtype, torch.float32).itemsize

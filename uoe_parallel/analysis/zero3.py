@@ -11,7 +11,7 @@ from torch import nn
 
 from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.transfer import Phase
-from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import TransformerBlock
 
@@ -145,7 +145,7 @@ def _backward(module: nn.Module) -> Iterator[_Event]:
         return
     yield _Event("backward", True, module)
     children = _called_by(module)
-    if isinstance(module, TransformerBlock) and module.recompute:
+    if isinstance(module, TransformerBlock | RoutedBlock) and module.recompute:
         yield from chain.from_iterable(_forward(child, "recompute") for child in children)
     yield from chain.from_iterable(map(_backward, reversed(children)))
     yield _Event("backward", False, module)

@@ -77,7 +77,7 @@ class Session:
                 **sections,
             }
         )
-        backend = choose_backend(self.device.torch_device, DTYPE)
+        backend = choose_backend(self.device.torch_device, DTYPE, self.groups.world)
         return LayerBuilder(config, self.groups, backend, DTYPE)
 
 

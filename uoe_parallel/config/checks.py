@@ -166,6 +166,15 @@ def warmup_ends(config: RunConfig) -> Iterator[Fault]:
         yield Fault(fields, warmup, problem, f"use at most {steps}")
 
 
+def products_suit_precision(config: RunConfig) -> Iterator[Fault]:
+    if config.training.precision == "fp64" and config.training.expert_products == "grouped":
+        fields = ("training.expert_products", "training.precision")
+        problem = (
+            'can\'t be combined with training.precision = "fp64", which has no grouped product'
+        )
+        yield Fault(fields, "grouped", problem, 'use "loop" or "auto"')
+
+
 def betas_in_range(config: RunConfig) -> Iterator[Fault]:
     betas = config.training.betas
     if not all(0 <= beta < 1 for beta in betas):
@@ -299,6 +308,7 @@ RULES: tuple[Rule, ...] = (
     micro_batches_fill_batch,
     learning_rate_falls,
     warmup_ends,
+    products_suit_precision,
     betas_in_range,
     validation_has_data,
     classes_suit_task,

@@ -44,7 +44,7 @@ _REFUSED = {
     ),
     "activation_checkpointing": (
         "is not read, and partitioning would mix activations that are already split",
-        "set training.recompute_layers instead",
+        "set training.recompute instead",
     ),
     "expert_parallel": (
         "would place experts that are already placed",
@@ -86,7 +86,7 @@ def _derived(config: RunConfig) -> list[_Setting]:
         _Setting("pipeline.grad_partitioned", False),
         # Layers recompute themselves; DeepSpeed would recompute the embedding too, whose input has
         # no gradient, and lose that of its weights.
-        _Setting("pipeline.activation_checkpoint_interval", 0, "training.recompute_layers"),
+        _Setting("pipeline.activation_checkpoint_interval", 0, "training.recompute"),
         # DeepSpeed knows only its own optimizers as tested with ZeRO and with offloading.
         _Setting("zero_allow_untested_optimizer", True),
         _Setting("zero_force_ds_cpu_optimizer", False),

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 RoutedLayers = Literal["all", "none"] | list[NonNegativeInt]
 Precision = Literal["fp32", "bf16", "fp64"]
 Task = Literal["next_token", "masked_token", "classification"]
+Recompute = Literal["none", "selective", "full"]
+ExpertProducts = Literal["auto", "grouped", "loop"]
 
 
 class Section(BaseModel):
@@ -200,8 +202,16 @@ class TrainingConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    recompute_layers: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it. selective: what experts compute
+    between dispatch and combine, from the rows that arrived; in dense blocks, what lies between the
+    linears: attention with its rotary positions, from queries, keys and values, and the activation,
+    from the first linear's result. Nothing is routed or sent again. full: whole layers, from their
+    inputs, with all that they send. No bit of a loss or gradient depends on it."""
+    expert_products: ExpertProducts = "auto"
+    """How rows are multiplied by their experts' slices: in one grouped call (not in fp64), slice by
+    slice in a loop, or by the faster of them, as measured when the run starts. Each rounds in its
+    own way: name one for a run that is to be repeated or resumed bit by bit."""
     validate_every: NonNegativeInt = 0
     """Steps between validation passes; 0 validates only at the end."""
     validation_sequences: PositiveInt = 64

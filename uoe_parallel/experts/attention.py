@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from uoe_parallel.experts.slices import (
     SlicedColumnParallelLinear,
     SlicedRowParallelLinear,
 )
-from uoe_parallel.parallel.random import Stream, draw_from
+from uoe_parallel.parallel.random import Stream, draw_from, recompute
 from uoe_parallel.parallel.sharding import gather_full, load_full
 
 
@@ -53,6 +54,8 @@ class SelectiveMultiHeadAttention(nn.Module):
 
     Expert i's slice of `qkv` holds the rows of its query heads, then its key, then its value head:
     the order of Megatron's own grouped-query layout.
+
+    With `recompute`, the dense block keeps nothing between its linears but their ends.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         output_init: InitMethod,
         group: ProcessGroup,
         dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         assert hidden_size % num_heads == 0 and num_heads % num_kv_heads == 0
@@ -82,6 +86,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         self.causal = causal
         self.needs_all_rows = keys_and_values == "all"
         self.dropout = dropout
+        self.recompute = recompute
         self.backend = backend
         self.group = group
         self.qkv = SlicedColumnParallelLinear(
@@ -199,9 +204,11 @@ class SelectiveMultiHeadAttention(nn.Module):
     def _dense(self, x: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
         qkv = self.qkv(x)  # [S, B, E x (H + 2) x d]
         qkv_SBE = qkv.unflatten(-1, (-1, (self.queries_per_expert + 2) * self.head_width))
-        if documents.one_each and cache is None:
-            return self.output(self._attend_sequences(qkv_SBE))
-        return self.output(self._attend_documents(qkv_SBE, documents, cache))
+        attend = self._attend_sequences
+        if cache is not None or not documents.one_each:
+            attend = partial(self._attend_documents, documents=documents, cache=cache)
+        attended = recompute(attend, qkv_SBE) if self.recompute else attend(qkv_SBE)
+        return self.output(attended)
 
     def _attend_sequences(self, qkv_SBE: Tensor) -> Tensor:
         """Dense attention where each sequence is one document: [S, B, E x H x d]."""

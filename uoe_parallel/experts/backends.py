@@ -12,6 +12,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from uoe_parallel.config.schema import ExpertProducts
+from uoe_parallel.errors import UserError
+from uoe_parallel.experts.timing import time_products
 
 CACHE_BYTES = 2**20
 """On a CPU, copies of so many rows are still in the cache when the next product wants them."""
@@ -243,8 +248,8 @@ def _is_unaligned(*matrices: Tensor) -> bool:
     return any(x.shape[-1] * x.element_size() % 16 for x in matrices)
 
 
-class FlashBackend(GroupedBackend):
-    """Grouped products and variable-length flash attention: half precision on CUDA."""
+class FlashAttention(PaddedAttention):
+    """Variable-length flash attention: half precision on CUDA."""
 
     def attention(
         self,
@@ -284,6 +289,14 @@ class FlashBackend(GroupedBackend):
         return out
 
 
+class FlashBackend(FlashAttention, GroupedBackend):
+    """Flash attention with grouped products."""
+
+
+class FlashLoopBackend(FlashAttention, LoopBackend):
+    """Flash attention with one product per slice."""
+
+
 class ReferenceBackend:
     """Every row on its own, in products whose shapes depend on nothing but what the row sees.
 
@@ -292,7 +305,7 @@ class ReferenceBackend:
     For tests: slow, plain, exact.
     """
 
-    chunk_bytes = None
+    chunk_bytes: int | None = None
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
@@ -354,9 +367,46 @@ def _attend_row(q_Hd: Tensor, k_Kd: Tensor, v_Kd: Tensor, dropout: float) -> Ten
     return (weights_HK.unsqueeze(-1) * v_Kd).sum(1).unsqueeze(0)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The best backend for what the model computes in."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, group: ProcessGroup | None = None
+) -> Backend:
+    """The fastest backend for what the model computes in; see `pick_backend`."""
+    return pick_backend(device, dtype, "auto", group)[0]
+
+
+def pick_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    products: ExpertProducts,
+    group: ProcessGroup | None,
+) -> tuple[Backend, str]:
+    """The backend with the products asked for, or with the fastest, and its name for the log.
+
+    The same on all ranks of `group`, over which it is collective. Raises UserError for products
+    that `dtype` does not have on `device`.
+    """
+    found = available_backends(device, dtype)
+    if products in found:
+        return found[products], products
+    if products != "auto":
+        raise UserError(
+            f"training.expert_products={products} is not for {dtype} on {device.type}; use auto or "
+            + " or ".join(found)
+        )
+    if len(found) == 1:
+        [(name, backend)] = found.items()
+        return backend, name
+    seconds = time_products(found, device, dtype, group)
+    name, other, *_ = sorted(seconds, key=seconds.__getitem__)
+    return found[name], f"{name} ({seconds[name] / seconds[other]:.2f} x {other})"
+
+
+def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
+    """By the name of their products, those that `dtype` has on `device`."""
     if device.type == "cuda":
         # There the grouped product and flash attention are made for half precision.
-        return FlashBackend(None) if dtype is torch.bfloat16 else LoopBackend(None)
-    return LoopBackend() if dtype is torch.float64 else GroupedBackend()
+        half: dict[str, Backend] = {"grouped": FlashBackend(None), "loop": FlashLoopBackend(None)}
+        return half if dtype is torch.bfloat16 else {"loop": LoopBackend(None)}
+    if dtype is torch.float64:
+        return {"loop": LoopBackend()}
+    return {"grouped": GroupedBackend(), "loop": LoopBackend()}

@@ -20,6 +20,7 @@ from uoe_parallel.experts.slices import (
     SlicedColumnParallelLinear,
     SlicedRowParallelLinear,
 )
+from uoe_parallel.parallel.random import recompute_between
 from uoe_parallel.parallel.sharding import gather_full, load_full
 
 
@@ -45,6 +46,8 @@ class UnionOfMLPExperts(nn.Module):
     (arXiv 2503.02495, section 3). With SwiGLU, expert i's slice of `fc1` holds its gate columns
     and then its up columns, so that any whole number of experts is one contiguous shard.
 
+    With `recompute`, the dense block keeps nothing between its linears but what `fc1` makes.
+
     Raises nothing of its own: sizes are checked with the config.
     """
 
@@ -63,12 +66,14 @@ class UnionOfMLPExperts(nn.Module):
         fc1_init: InitMethod,
         fc2_init: InitMethod,
         group: ProcessGroup,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         assert ffn_size % num_experts == 0 and num_experts % group.size() == 0
         self.num_experts = num_experts
         self.gated = activation == "swiglu"
         self.expert_width = ffn_size // num_experts
+        self.recompute = recompute
         self.group = group
         self.fc1 = SlicedColumnParallelLinear(
             hidden_size,
@@ -111,11 +116,18 @@ class UnionOfMLPExperts(nn.Module):
         makes no difference, so there is nothing to keep of it either.
         """
         if assignment is None or gates_N is None:
-            hidden = self.fc1(x).unflatten(-1, (-1, self.expert_width * (2 if self.gated else 1)))
-            return self.fc2(activate(hidden, self.gated).flatten(-2))
+            hidden = self.fc1(x)
+            if self.recompute:
+                return recompute_between(self._activate, self.fc2, hidden)
+            return self.fc2(self._activate(hidden))
         return RoutedMLP.apply(
             x, gates_N, self.fc1.weight, self.fc1.bias, self.fc2.weight, self._slices, assignment
         )
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        """Of the dense block: [..., width of `fc1`] to [..., width of `fc2`], on this rank."""
+        by_expert = hidden.unflatten(-1, (-1, self.expert_width * (2 if self.gated else 1)))
+        return activate(by_expert, self.gated).flatten(-2)
 
     def load_dense(self, dense: DenseMLPWeights) -> None:
         """Take this rank's slices of full dense weights."""

@@ -38,8 +38,8 @@ class RoutedMLP(torch.autograd.Function):
     """sum_i g_i act(x W1_i + b1_i) W2_i of each row x over its pairs.
 
     x [R, D], gates [N] (fp32 or fp64), then the weights of `slices.fc1`, its bias or None, and the
-    weight of `slices.fc2`, to [R, D]. Of the weights the parameters are kept and no views of them,
-    which would hold on to what DeepSpeed gathers for a moment under ZeRO 3.
+    weight of `slices.fc2`, to [R, D]. Of these the parameters themselves are kept. Saved tensors or
+    views would hold on to what DeepSpeed gathers for a moment under ZeRO 3.
     """
 
     @staticmethod
@@ -68,13 +68,13 @@ class RoutedMLP(torch.autograd.Function):
             active = activate(hidden, slices.gated).mul_(gates_N[chunk.pairs].unsqueeze(1))
             del hidden
             y.add(chunk, products(active, w2_EDF[chunk.experts].transpose(1, 2), chunk.counts_E))
-        ctx.save_for_backward(x_RD, gates_N, fc1, bias, fc2, hidden_NF)
-        ctx.slices, ctx.assignment = slices, assignment
+        ctx.save_for_backward(x_RD, gates_N, hidden_NF)
+        ctx.parameters, ctx.slices, ctx.assignment = (fc1, bias, fc2), slices, assignment
         return y.total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, gates_N, fc1, bias, fc2, hidden_NF = ctx.saved_tensors
+        (x_RD, gates_N, hidden_NF), (fc1, bias, fc2) = ctx.saved_tensors, ctx.parameters
         slices, assignment, (dy_RD,) = ctx.slices, ctx.assignment, grad_outputs
         backend, gated = slices.backend, slices.gated
         w1_EFD, w2_EDF = slices.fc1.slices(fc1), slices.fc2.slices(fc2)

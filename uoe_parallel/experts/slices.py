@@ -132,8 +132,8 @@ class SlicedRowParallelLinear(RowParallelLinear):
 class _SlicedProduct(torch.autograd.Function):
     """Each expert's rows times its slice: x [N, K] and a slice [M, K] of its weight to [N, M].
 
-    What is kept for backward is the parameter itself and no view of it, which would hold on to the
-    weight that DeepSpeed gathers for a moment under ZeRO 3.
+    Of the weight the parameter itself is kept for backward. A saved tensor or a view would hold on
+    to what DeepSpeed gathers for a moment under ZeRO 3.
     """
 
     @staticmethod
@@ -146,14 +146,14 @@ class _SlicedProduct(torch.autograd.Function):
         linear: SlicedColumnParallelLinear | SlicedRowParallelLinear,
         columns: slice,
     ) -> Tensor:
-        ctx.save_for_backward(x_NK, weight, counts_E)
-        ctx.backend, ctx.linear, ctx.columns = backend, linear, columns
+        ctx.save_for_backward(x_NK, counts_E)
+        ctx.weight, ctx.backend, ctx.linear, ctx.columns = weight, backend, linear, columns
         w_EMK = linear.slices(weight)[:, columns]
         return backend.products(x_NK, w_EMK.transpose(1, 2), counts_E)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x_NK, weight, counts_E = ctx.saved_tensors
+        (x_NK, counts_E), weight = ctx.saved_tensors, ctx.weight
         dy_NM = grad_outputs[0].contiguous()
         dx_NK = d_weight = None
         if ctx.needs_input_grad[0]:

@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.config.schema import RoutingConfig
-from uoe_parallel.dispatch.dispatcher import run_gathered, run_replicated, run_sharded
+from uoe_parallel.dispatch.dispatcher import (
+    Experts,
+    run_gathered,
+    run_replicated,
+    run_sharded,
+)
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.context import Context
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.random import recompute
 from uoe_parallel.routing.balance import Load
 from uoe_parallel.routing.balance.z_loss import z_loss
 from uoe_parallel.routing.level import Decision, Level, UnitScores
@@ -98,7 +104,8 @@ class RoutedBlock(DenseBlock):
     other sequences. `loss_weight_per_sequence` turns sums of a sequence's balance losses into the
     share of the step's loss that this rank's backward pass must carry: data-parallel size / global
     batch size under gradient averaging. A `tape` sees the masks of training passes and may replace
-    them.
+    them. With `recompute`, what the experts compute is computed again in backward, of the rows that
+    were dispatched to them.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class RoutedBlock(DenseBlock):
         expert_group: ProcessGroup,
         data_group: ProcessGroup,
         sequence_parallel: bool,
+        recompute: bool = False,
     ) -> None:
         super().__init__(experts, group=group, sequence_parallel=sequence_parallel)
         self.expert_group = expert_group
@@ -129,6 +137,7 @@ class RoutedBlock(DenseBlock):
         self.loss_weight = loss_weight_per_sequence
         self.statistics = RoutingStatistics(router.num_routed)
         self.tape: RouteTape | None = None
+        self.recompute = recompute
 
     @property
     def num_shards(self) -> int:
@@ -151,14 +160,23 @@ class RoutedBlock(DenseBlock):
         group = self.expert_group
         if not self.spreads_tokens:
             cache = context.cache_of(self)
-            replicated = partial(experts, documents=context.documents, cache=cache)
+            replicated = self._arithmetic(context.documents, cache)
             return run_replicated(x_SBD, routing, replicated, group, context.documents)
         assert context.memory is None, "decoding has tokens on every rank"
         is_wide = group.size() > self.group.size()
         documents = context.expert_group if is_wide else context.documents
         run = run_gathered if experts.needs_all_rows else run_sharded
-        spread = partial(experts, documents=documents)
+        spread = self._arithmetic(documents)
         return run(x_SBD, routing, spread, group, self.group.size(), documents)
+
+    def _arithmetic(self, documents: Documents, cache: KeyValueCache | None = None) -> Experts:
+        """What the experts make of dispatched rows."""
+        experts = partial(self.experts, documents=documents, cache=cache)
+        if not self.recompute:
+            return experts
+        return lambda rows_RD, gates_N, assignment: recompute(
+            partial(experts, assignment=assignment), rows_RD, gates_N
+        )
 
     def _decide(self, x_SBD: Tensor, context: Context) -> list[Decision]:
         """What each level chose among what the one before it left."""

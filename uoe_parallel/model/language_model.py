@@ -43,6 +43,7 @@ class LayerBuilder:
         self.groups = groups
         self.backend = backend
         self.dtype = dtype
+        self.recompute = config.training.recompute
         self.megatron = megatron_config(groups.layout, dtype)
         self.init = Initializer(config.seed)
 
@@ -77,6 +78,7 @@ class LayerBuilder:
             output_init=self.init.normal(f"{name}.output", self._output_std()),
             group=self._expert_group(self.config.attention, layer),
             dropout=model.attention_dropout,
+            recompute=self.recompute == "selective",
         )
         return self._block(experts, model.kv_heads, layer, "attention")
 
@@ -94,6 +96,7 @@ class LayerBuilder:
             fc1_init=self.init.normal(f"{name}.fc1", model.init_std),
             fc2_init=self.init.normal(f"{name}.fc2", self._output_std()),
             group=self._expert_group(self.config.feed_forward, layer),
+            recompute=self.recompute == "selective",
         )
         return self._block(experts, num_experts, layer, "feed_forward")
 
@@ -148,6 +151,7 @@ class LayerBuilder:
             expert_group=expert_group,
             data_group=self.groups.data,
             sequence_parallel=sequence_parallel,
+            recompute=self.recompute == "selective",
         )
 
     def _expert_group(self, routing: RoutingConfig, layer: int) -> ProcessGroup:
@@ -170,12 +174,11 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = builder.norm()
         self.feed_forward = builder.feed_forward(layer)
         self.dropout = builder.dropout()
-        self.recompute = builder.config.training.recompute_layers
+        self.recompute = builder.recompute == "full"
 
     def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
-        if self.recompute and torch.is_grad_enabled() and x_SBD.requires_grad:
-            return recompute(partial(self._forward, context=context), x_SBD)
-        return self._forward(x_SBD, context)
+        forward = partial(self._forward, context=context)
+        return recompute(forward, x_SBD) if self.recompute else forward(x_SBD)
 
     def _forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         attended = self.attention(self.attention_norm(x_SBD), context)

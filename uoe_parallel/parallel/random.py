@@ -1,4 +1,4 @@
-"""Which random numbers ranks share, and layers that are computed again in the backward pass.
+"""Which random numbers ranks share, and what is computed again in the backward pass.
 
 DeepSpeed's tracker holds the streams, since its `checkpoint` winds back the tracker's streams and
 the default generator alike, on a CPU as on CUDA. DeepSpeed picks its accelerator when it is
@@ -68,17 +68,49 @@ def draw_from(stream: Stream, probability: float) -> AbstractContextManager[obje
     return checkpointing.get_cuda_rng_tracker().fork(stream)
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of which only `x` is kept for the backward pass.
+def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass.
 
     The function runs without gradients now and with them in the backward pass, when both the
-    streams and the default generator are as they were now. `x` must require a gradient: else no
-    parameter that the function uses would get one.
+    streams and the default generator are as they were now. Without gradients, and where no input
+    requires one, which would leave the function's parameters without theirs, it is simply called.
     """
-    assert x.requires_grad
-    y = checkpointing.checkpoint(function, x)
+    if not _differentiates(*inputs):
+        return function(*inputs)
+    y = checkpointing.checkpoint(function, *inputs)
     assert isinstance(y, Tensor)
     return y
+
+
+def recompute_between(
+    function: Callable[[Tensor], Tensor], linear: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """linear(function(x)), of which only `x` is kept for the backward pass.
+
+    For a function that draws nothing, fills new memory, and is cheap: it runs twice more. `linear`
+    keeps its input itself for the gradient of its weight. That input's memory is given back and,
+    before the backward pass of `linear`, filled again.
+    """
+    y = recompute(function, x)
+    z = linear(y)
+    if _differentiates(x):
+        storage = y.untyped_storage()
+        size = storage.nbytes()
+
+        @torch.no_grad()
+        def refill(_: Tensor) -> None:
+            storage.resize_(size)
+            storage.copy_(function(x).untyped_storage())
+            handle.remove()  # and with it what this function holds
+
+        handle = z.register_hook(refill)
+        storage.resize_(0)
+    return z
+
+
+def _differentiates(*inputs: Tensor) -> bool:
+    """Whether a backward pass may come back to one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def random_states(groups: ParallelGroups) -> dict[str, Tensor]:

@@ -25,8 +25,9 @@ from uoe_parallel.data.batches import (
 from uoe_parallel.data.examples import open_examples
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import UserError
-from uoe_parallel.experts.backends import choose_backend
+from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.model.norm import choose_rms_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
@@ -116,7 +117,9 @@ class Trainer:
                 for split, prefix in self.evaluated.items()
             }
         precision = DTYPES[config.training.precision]
-        backend = choose_backend(device.torch_device, precision)
+        backend, self.products = pick_backend(
+            device.torch_device, precision, config.training.expert_products, groups.world
+        )
         num_ids = num_model_ids(self.tokenizer, config.model.task)
         self.model = LanguageModel(
             config,
@@ -129,7 +132,8 @@ class Trainer:
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        self.picks = f"{type(backend).__name__}, {self.engine.optimizer_name}"
+        _, norm = choose_rms_norm(device.torch_device.type)
+        self.picks = f"{norm}, {self.engine.optimizer_name}"
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
         self.metrics: MetricsWriter | None = None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from uoe_parallel.config.checks import RULES
 from uoe_parallel.config.faults import report, show
 from uoe_parallel.config.schema import (
+    ExpertProducts,
     ParallelConfig,
     Precision,
     RoutedLayers,
@@ -17,6 +18,7 @@ from uoe_parallel.config.schema import (
     RoutingConfig,
     RunConfig,
     Section,
+    TrainingConfig,
 )
 from uoe_parallel.errors import UserError
 
@@ -50,6 +52,7 @@ def comparable(config: RunConfig, *, steps: int, precision: Precision) -> RunCon
             "precision": precision,
             "warmup_steps": min(config.training.warmup_steps, steps),
             "validate_every": 0,
+            "expert_products": _fixed_products(config.training, precision),
         },
         checkpoint={"every": 1, "keep": steps},
         logging={"every": 1, "tensorboard": False},
@@ -97,6 +100,12 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
         for name, value in new.items()
         if value != old.get(name)
     ]
+
+
+def _fixed_products(training: TrainingConfig, precision: Precision) -> ExpertProducts:
+    """The same for all layouts: each would time them by itself."""
+    wanted = training.expert_products
+    return "loop" if wanted == "auto" or precision == "fp64" else wanted
 
 
 def _soon_by_threshold(routing: RoutingConfig) -> dict[str, int]:
