@@ -121,7 +121,7 @@ class UnionOfMLPExperts(nn.Module):
                 return recompute_between(self._activate, self.fc2, hidden)
             return self.fc2(self._activate(hidden))
         return RoutedMLP.apply(
-            x, gates_N, self.fc1.weight, self.fc1.bias, self.fc2.weight, self._slices, assignment
+            x, gates_N, self.fc2.weight, self.fc1.bias, self.fc1.weight, self._slices, assignment
         )
 
     def _activate(self, hidden: Tensor) -> Tensor:

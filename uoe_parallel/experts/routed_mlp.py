@@ -37,9 +37,9 @@ class Slices:
 class RoutedMLP(torch.autograd.Function):
     """sum_i g_i act(x W1_i + b1_i) W2_i of each row x over its pairs.
 
-    x [R, D], gates [N] (fp32 or fp64), then the weights of `slices.fc1`, its bias or None, and the
-    weight of `slices.fc2`, to [R, D]. Of these the parameters themselves are kept. Saved tensors or
-    views would hold on to what DeepSpeed gathers for a moment under ZeRO 3.
+    x [R, D], gates [N] (fp32 or fp64), then the weight of `slices.fc2`, the bias of `slices.fc1` or
+    None and its weight (gradients are finished in this order, the last layer's first), to [R, D].
+    Of the parameters they themselves are kept. Saved tensors or views would hold on to what DeepSpeed gathers for a moment under ZeRO 3.
     """
 
     @staticmethod
@@ -47,9 +47,9 @@ class RoutedMLP(torch.autograd.Function):
         ctx: Any,
         x_RD: Tensor,
         gates_N: Tensor,
-        fc1: Tensor,
-        bias: Tensor | None,
         fc2: Tensor,
+        bias: Tensor | None,
+        fc1: Tensor,
         slices: Slices,
         assignment: Assignment,
     ) -> Tensor:
@@ -104,7 +104,7 @@ class RoutedMLP(torch.autograd.Function):
             )
             del rows
             dx.add(chunk, backend.products(d_hidden, w1_EFD[chunk.experts], counts_E))
-        return dx.total, d_gates_N, d_fc1, d_bias, d_fc2, None, None
+        return dx.total, d_gates_N, d_fc2, d_bias, d_fc1, None, None
 
 
 class _RowSums:
