@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.unions import AttentionSpec, Problem, build, start
 from uoe_parallel.dispatch.dispatcher import run_replicated
-from uoe_parallel.experts.backends import ReferenceBackend
+from uoe_parallel.experts.assignment import Assignment
+from uoe_parallel.experts.backends import GroupedBackend, ReferenceBackend
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.routing.router import Routing
 
@@ -78,3 +79,32 @@ def test_a_step_is_a_token_of_each_sequence() -> None:
     assert step.position_SB.tolist() == [[5, 0, 2]]
     assert step.real_tokens[0].tolist() == [0, 1, 2]
     assert step.sum_by_sequence(torch.tensor([[1, 0, 1]])).tolist() == [[1, 0, 1]]
+
+
+def _count_gathers(spec: AttentionSpec) -> list[int]:
+    """In forward and in backward."""
+    problem = Problem(spec, 8, 2, (0.7,), (1.0, 0.5, 0.8, 0.2))
+    groups = start(1, sequence_parallel=False)
+    union = build(problem, groups, torch.float32, GroupedBackend())
+    t, documents = problem.tensors(torch.float32), Documents.whole(8, 2, torch.device("cpu"))
+    counts = [0]
+    gather = Assignment.gather
+
+    def counted(assignment: Assignment, rows: Tensor) -> Tensor:
+        counts[-1] += 1
+        return gather(assignment, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Assignment, "gather", counted)
+        routing = Routing(t.mask, t.gates)
+        experts = partial(union, documents=documents)
+        y = run_replicated(t.x.requires_grad_(), routing, experts, groups.tensor, documents)
+        counts.append(0)
+        y.backward(t.upstream)
+    return counts
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+def test_gathered_rows_are_not_kept_for_backward(ranks: Ranks, spec: AttentionSpec) -> None:
+    """They are gathered again, once. That gradients are right is for the tests of unions."""
+    assert ranks(1).run(_count_gathers, spec) == [[1, 1]]

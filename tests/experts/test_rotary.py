@@ -74,3 +74,26 @@ def test_low_precision_tells_far_positions_apart(dtype: torch.dtype) -> None:
     tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-3
     torch.testing.assert_close(far.double(), wanted, rtol=0, atol=tolerance * 3)
     assert (near - far).abs().max() > 0.1
+
+
+def test_gradient_is_the_rotation_back() -> None:
+    """Of strided input too; heads that are kept keep theirs, and autograd keeps positions alone."""
+    x = _random(3, 4, 4, 6).transpose(0, 1).requires_grad_()
+    position = torch.tensor([7, 0, 3]).expand(4, 3)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, position, 100.0, kept=2)
+
+    assert torch.autograd.gradcheck(run, x)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda saved: saved):
+        found = run(x)
+    assert [saved.dtype for saved in kept] == [torch.int64]
+    assert torch.equal(found[..., 2:, :], x[..., 2:, :])
+    assert torch.equal(found[..., :2, :], rotate(x[..., :2, :], position, 100.0))
+
+
+def test_positions_broadcast() -> None:
+    x, position = _random(5, 2, 3, 1, 6), torch.arange(5)
+    found = rotate(x, position.view(-1, 1, 1), 100.0)
+    assert torch.equal(found, rotate(x, position.view(-1, 1, 1).expand(5, 2, 3), 100.0))

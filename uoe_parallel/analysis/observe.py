@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -32,6 +33,20 @@ _ONE_WAY = ("recv_", "recv_any_source_")
 
 
 @dataclass(frozen=True)
+class Call:
+    """What this rank put into one call."""
+
+    payload: int
+    """Bytes, as `Transfer.payload` counts them."""
+    kept: int
+    """Bytes, as `Transfer.kept` counts them."""
+    dtype: torch.dtype | None
+    """Of the numbers; None if nothing was put in."""
+    row_shape: torch.Size
+    """Of what lies along the first dimension of the (first) tensor."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """What this rank did in all calls of one operation on one group."""
 
@@ -52,14 +67,16 @@ class CollectiveObserver(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: dict[tuple[str, tuple[int, ...]], list[tuple[int, int]]] = defaultdict(list)
+        self.calls: dict[tuple[str, tuple[int, ...]], list[Call]] = defaultdict(list)
+        """By (operation, ranks), in order; the ranks of a send are its two ends, in order of
+        rank."""
 
     @property
     def seen(self) -> dict[tuple[str, tuple[int, ...]], Observed]:
-        """By (operation, ranks); the ranks of a send are its two ends, in order of rank."""
+        """The sums of `calls`."""
         return {
-            key: Observed(len(calls), sum(p for p, _ in calls), sum(k for _, k in calls))
-            for key, calls in self._calls.items()
+            key: Observed(len(calls), sum(c.payload for c in calls), sum(c.kept for c in calls))
+            for key, calls in self.calls.items()
         }
 
     def __torch_dispatch__(
@@ -79,6 +96,7 @@ class CollectiveObserver(TorchDispatchMode):
         given = dict(zip(names, args, strict=False))
         group = ProcessGroup.unbox(given["process_group"])
         ranks = tuple(dist.get_process_group_ranks(group))
+        put_in = None if argument is None else _first(given[argument])
         payload = 0 if argument is None else _bytes(given[argument])
         kept = _kept(given, group) if operation == "all_to_all" else 0
         if operation == "broadcast" and given["root_rank"] != group.rank():
@@ -86,13 +104,21 @@ class CollectiveObserver(TorchDispatchMode):
         if operation == "send":
             ranks = tuple(sorted((dist.get_rank(), ranks[given["dst"]])))
         if len(ranks) > 1:
-            self._calls[operation, ranks].append((payload, kept))
+            dtype = None if put_in is None else put_in.dtype
+            row_shape = torch.Size() if put_in is None else put_in.shape[1:]
+            self.calls[operation, ranks].append(Call(payload, kept, dtype, row_shape))
 
 
 def _bytes(tensors: Tensor | list[Any]) -> int:
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(_bytes(tensor) for tensor in tensors)
+
+
+def _first(tensors: Tensor | list[Any]) -> Tensor | None:
+    if isinstance(tensors, Tensor):
+        return tensors
+    return _first(tensors[0]) if tensors else None
 
 
 def _kept(given: dict[str, Any], group: ProcessGroup) -> int:

@@ -70,6 +70,27 @@ def blocks_that_exchange(model: LanguageModel) -> dict[str, RoutedBlock]:
     }
 
 
+def exchange_traffic(
+    sizes: ExchangeSizes, group: str, rank: int, row: int, gate: int
+) -> Iterator[Transfer]:
+    """Of one exchange, of rows of `row` bytes and gates of `gate` bytes, by rank `rank` of the
+    `group`."""
+
+    def all_to_all(purpose: str, phase: Phase, counts: list[int], size: int) -> Transfer:
+        payload, kept = sum(counts) * size, counts[rank] * size
+        return Transfer(purpose, phase, group, "all_to_all", 1, payload, kept)
+
+    each = [2] * len(sizes.send_rows)
+    yield all_to_all("dispatch counts", "forward", each, _COUNT)
+    yield all_to_all("dispatch rows", "forward", sizes.send_rows, row)
+    yield all_to_all("dispatch rows", "backward", sizes.receive_rows, row)
+    # A gate and the number of its pair, of the same size.
+    yield all_to_all("dispatch gates", "forward", sizes.send_pairs, 2 * gate)
+    yield all_to_all("dispatch gates", "backward", sizes.receive_pairs, gate)
+    yield all_to_all("combine rows", "forward", sizes.receive_rows, row)
+    yield all_to_all("combine rows", "backward", sizes.send_rows, row)
+
+
 class _Passes:
     """Forward and backward pass of one micro-batch through this stage."""
 
@@ -138,21 +159,7 @@ class _Passes:
                 yield replace(transfer, phase="recompute")
 
     def _exchange(self, sizes: ExchangeSizes, group: str, rank: int) -> Iterator[Transfer]:
-        row = self.width * self.element
-
-        def all_to_all(purpose: str, phase: Phase, counts: list[int], size: int) -> Transfer:
-            payload, kept = sum(counts) * size, counts[rank] * size
-            return Transfer(purpose, phase, group, "all_to_all", 1, payload, kept)
-
-        each = [2] * len(sizes.send_rows)
-        yield all_to_all("dispatch counts", "forward", each, _COUNT)
-        yield all_to_all("dispatch rows", "forward", sizes.send_rows, row)
-        yield all_to_all("dispatch rows", "backward", sizes.receive_rows, row)
-        # A gate and the number of its pair, of the same size.
-        yield all_to_all("dispatch gates", "forward", sizes.send_pairs, 2 * self.precise)
-        yield all_to_all("dispatch gates", "backward", sizes.receive_pairs, self.precise)
-        yield all_to_all("combine rows", "forward", sizes.receive_rows, row)
-        yield all_to_all("combine rows", "backward", sizes.send_rows, row)
+        return exchange_traffic(sizes, group, rank, self.width * self.element, self.precise)
 
     def _norm(self) -> Iterator[Transfer]:
         yield from self._replicated_weight(self.element * self.width)

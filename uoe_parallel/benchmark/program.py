@@ -41,6 +41,10 @@ SECTIONS = {
     "feed_forward": Section(f"{_FEED_FORWARD}:measure"),
     "wide": Section(f"{_FEED_FORWARD}:measure_wide"),
     "narrow": Section(f"{_FEED_FORWARD}:measure_narrow"),
+    "skew": Section("uoe_parallel.benchmark.skew:measure", (1,)),
+    "attention": Section("uoe_parallel.benchmark.attention:measure", (1,)),
+    "memory": Section("uoe_parallel.benchmark.memory:measure", (1,)),
+    "traffic": Section("uoe_parallel.benchmark.traffic:measure", (2, 4)),
 }
 
 _EPILOG = """\

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -133,25 +135,34 @@ class SelectiveMultiHeadAttention(nn.Module):
         """
         if assignment is None or gates_N is None:
             return self._dense(x, documents, cache)
-        counts_E, keys = assignment.expert_counts_E, None
-        if self.needs_all_rows:
-            queries = slice(self.queries_per_expert * self.head_width)
-            q_NA = self.qkv(assignment.gather(x), counts_E, self.backend, queries)
-            q_NHd = q_NA.unflatten(-1, (-1, self.head_width))
-            k_Md, v_Md, lengths_G = self._all_keys_and_values(x, documents)
-            # All tokens of a document are keys, so a query's place among them is its position.
-            keys = Keys(lengths_G, assignment.position_N)
-        else:
-            qkv_N = self.qkv(assignment.gather(x), counts_E, self.backend)
-            q_NHd, k_N1d, v_N1d = self._split(qkv_N)
-            k_Md = rotate(k_N1d, assignment.position_N, self.rope_base).squeeze(1)
-            v_Md = v_N1d.squeeze(1)
-        q_NHd = rotate(q_NHd, assignment.position_N, self.rope_base)
-        attended_NHd = self._attend(
-            q_NHd, k_Md, v_Md, assignment.run_lengths_G, keys, documents, cache
+        attended_NHd = self._attend_selected(x, assignment, documents, cache)
+        gated_NA = attended_NHd.flatten(1) * gates_N.to(x.dtype).unsqueeze(1)
+        return assignment.sum_by_row(
+            self.output(gated_NA, assignment.expert_counts_E, self.backend)
         )
-        gated = attended_NHd.flatten(1) * gates_N.to(x.dtype).unsqueeze(1)
-        return assignment.sum_by_row(self.output(gated, counts_E, self.backend))
+
+    def _attend_selected(
+        self,
+        x_RD: Tensor,
+        assignment: Assignment,
+        documents: Documents,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Of each pair: [N, H, d]."""
+        position_N, lengths_G = assignment.position_N, assignment.run_lengths_G
+        columns = slice(self.queries_per_expert * self.head_width if self.needs_all_rows else None)
+        with _gathered(x_RD, assignment) as rows_ND:
+            projected = self.qkv(rows_ND, assignment.expert_counts_E, self.backend, columns)
+        del rows_ND
+        if not self.needs_all_rows:
+            q_NHd, k_N1d, v_N1d = self._split(projected, position_N)
+            k_Nd, v_Nd = k_N1d.squeeze(1), v_N1d.squeeze(1)
+            return self._attend(q_NHd, k_Nd, v_Nd, lengths_G, None, documents, cache)
+        q_NHd = rotate(projected.unflatten(-1, (-1, self.head_width)), position_N, self.rope_base)
+        k_Md, v_Md, key_lengths_G = self._all_keys_and_values(x_RD, documents)
+        # All tokens of a document are keys, so a query's place among them is its position.
+        keys = Keys(key_lengths_G, position_N)
+        return self._attend(q_NHd, k_Md, v_Md, lengths_G, keys, documents, cache)
 
     def _all_keys_and_values(
         self, x_TD: Tensor, documents: Documents
@@ -161,10 +172,10 @@ class SelectiveMultiHeadAttention(nn.Module):
         row_M, lengths_C = documents.real_tokens
         keys_and_values = slice(self.queries_per_expert * self.head_width, None)
         kv_EM = self.qkv(x_TD.index_select(0, row_M), None, self.backend, keys_and_values)
-        k_EM1d, v_EM1d = kv_EM.unflatten(-1, (2, 1, -1)).unbind(-3)
         position_M = documents.position_SB.flatten()[row_M]
-        k_EM1d = rotate(k_EM1d, position_M.expand(k_EM1d.shape[:2]), self.rope_base)
-        return k_EM1d.flatten(0, 2), v_EM1d.flatten(0, 2), lengths_C.repeat(len(kv_EM))
+        kv_EM2d = rotate(kv_EM.unflatten(-1, (2, -1)), position_M, self.rope_base, kept=1)
+        k_Md, v_Md = kv_EM2d.flatten(0, 1).unbind(1)
+        return k_Md, v_Md, lengths_C.repeat(len(kv_EM))
 
     def _attend(
         self,
@@ -195,9 +206,11 @@ class SelectiveMultiHeadAttention(nn.Module):
         """Lengths by (expert, document) to lengths by (expert, sequence)."""
         return documents.sum_by_sequence(lengths_G.view(-1, documents.count)).flatten()
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d]."""
+    def _split(self, qkv: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d], q and k rotated
+        by positions that broadcast to [...]."""
         heads = qkv.unflatten(-1, (self.queries_per_expert + 2, self.head_width))
+        heads = rotate(heads, position, self.rope_base, kept=1)
         q, k, v = heads.split((self.queries_per_expert, 1, 1), dim=-2)
         return q, k, v
 
@@ -213,10 +226,8 @@ class SelectiveMultiHeadAttention(nn.Module):
     def _attend_sequences(self, qkv_SBE: Tensor) -> Tensor:
         """Dense attention where each sequence is one document: [S, B, E x H x d]."""
         length, batch = qkv_SBE.shape[:2]
-        q, k, v = self._split(qkv_SBE)
-        position = torch.arange(length, device=q.device).view(-1, 1, 1).expand(q.shape[:3])
-        q = rotate(q, position, self.rope_base)
-        k = rotate(k, position, self.rope_base)
+        position = torch.arange(length, device=qkv_SBE.device).view(-1, 1, 1)
+        q, k, v = self._split(qkv_SBE, position)
         q, k, v = (t.flatten(2, 3).permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, d]
         dropout = self.dropout if self.training else 0.0
         with draw_from(Stream.RANK, dropout):
@@ -233,10 +244,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         length, batch, num_experts, _ = qkv_SBE.shape
         row_M, lengths_C = documents.real_tokens
         qkv_EM = qkv_SBE.flatten(0, 1).index_select(0, row_M).transpose(0, 1)
-        position_EM = documents.position_SB.flatten()[row_M].expand(qkv_EM.shape[:2])
-        q, k, v = self._split(qkv_EM)
-        q = rotate(q, position_EM, self.rope_base)
-        k = rotate(k, position_EM, self.rope_base)
+        q, k, v = self._split(qkv_EM, documents.position_SB.flatten()[row_M])
         lengths_G = lengths_C.repeat(num_experts)
         q_NHd, k_Nd, v_Nd = q.flatten(0, 1), k.flatten(0, 2), v.flatten(0, 2)
         attended_NHd = self._attend(q_NHd, k_Nd, v_Nd, lengths_G, None, documents, cache)
@@ -276,3 +284,28 @@ class SelectiveMultiHeadAttention(nn.Module):
         queries, width = self.queries_per_expert * self.head_width, self.head_width
         q, k, v = rows.split((queries, width, width), dim=1)
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+@contextmanager
+def _gathered(x_RD: Tensor, assignment: Assignment) -> Iterator[Tensor]:
+    """Each pair's row, [N, D], for products that autograd then does not keep it for: it is gathered
+    again in backward.
+
+    A head is narrow and a row is wide, so that the rows of all heads would be most of what is kept.
+    """
+    rows_ND = assignment.gather(x_RD)
+    # All tensors without an element have the same address, 0.
+    kept_RD, address = x_RD.detach(), rows_ND.untyped_storage().data_ptr() or None
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if saved.untyped_storage().data_ptr() != address:
+            return saved
+        return saved.shape, saved.stride(), int(saved.storage_offset())
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return assignment.gather(kept_RD).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield rows_ND

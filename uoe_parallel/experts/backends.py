@@ -6,7 +6,6 @@ each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,20 +15,11 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.config.schema import ExpertProducts
 from uoe_parallel.errors import UserError
+from uoe_parallel.experts.padded import Keys, PaddedAttention
 from uoe_parallel.experts.timing import time_products
 
 CACHE_BYTES = 2**20
 """On a CPU, copies of so many rows are still in the cache when the next product wants them."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Runs of keys that are not the queries' own rows."""
-
-    lengths_G: Tensor
-    """Keys of each run, int64: at least one where the run has queries."""
-    place_N: Tensor
-    """Place of each query among the keys of its run, int64."""
 
 
 class Backend(Protocol):
@@ -81,120 +71,6 @@ class Backend(Protocol):
     ) -> Tensor:
         """Of each query to the first `lengths_N` (int64, not 0) of its own L keys: [N, H, d]."""
         ...
-
-
-class PaddedAttention:
-    """Attention by torch's fused kernel, over runs padded at their ends.
-
-    Runs whose lengths are within a factor of two share a call, so that one long document or one
-    popular expert does not pad all the others.
-    """
-
-    def attention(
-        self,
-        q_NHd: Tensor,
-        k_Md: Tensor,
-        v_Md: Tensor,
-        run_lengths_G: Tensor,
-        *,
-        causal: bool,
-        keys: Keys | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        key_lengths_G = run_lengths_G if keys is None else keys.lengths_G
-        # Runs without a row count as of one, so that ranks without any take the same path.
-        size_G = torch.maximum(run_lengths_G, key_lengths_G).clamp(min=1)
-        class_G = size_G.double().log2().ceil()
-        rows, results = [], []
-        for size_class in class_G.unique():
-            of_class_G = class_G == size_class
-            row_n = _rows_of(of_class_G, run_lengths_G)
-            row_m = row_n if keys is None else _rows_of(of_class_G, key_lengths_G)
-            result = _attend_padded(
-                q_NHd.index_select(0, row_n),
-                k_Md.index_select(0, row_m),
-                v_Md.index_select(0, row_m),
-                _Padding(run_lengths_G[of_class_G]),
-                _Padding(key_lengths_G[of_class_G]),
-                causal=causal,
-                place_N=None if keys is None else keys.place_N[row_n],
-                dropout=dropout,
-            )
-            rows.append(row_n)
-            results.append(result)
-        return torch.empty_like(q_NHd).index_copy(0, torch.cat(rows), torch.cat(results))
-
-    def attention_to_kept(
-        self, q_NHd: Tensor, k_NLd: Tensor, v_NLd: Tensor, lengths_N: Tensor
-    ) -> Tensor:
-        places_L = torch.arange(k_NLd.shape[1], device=k_NLd.device)
-        kept_NL = places_L < lengths_N.unsqueeze(1)
-        # To the kernel the heads, which share keys, are rows of one head.
-        out_N1Hd = F.scaled_dot_product_attention(
-            q_NHd.unsqueeze(1),
-            k_NLd.unsqueeze(1),
-            v_NLd.unsqueeze(1),
-            attn_mask=kept_NL[:, None, None],
-        )
-        return out_N1Hd.squeeze(1)
-
-
-class _Padding:
-    """Where the rows of runs lie when each run is padded to the longest, which is at least one."""
-
-    def __init__(self, lengths_G: Tensor) -> None:
-        self.lengths_G = lengths_G
-        self.longest = max(1, int(lengths_G.max()))
-        run_N = torch.repeat_interleave(lengths_G)
-        first_G = lengths_G.cumsum(0) - lengths_G
-        within_N = torch.arange(len(run_N), device=run_N.device) - first_G[run_N]
-        self.place_N = run_N * self.longest + within_N
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[N, ...] to [G, longest, ...], with zeros as padding."""
-        shape = (len(self.lengths_G), self.longest)
-        padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, self.place_N, x)
-        return padded.unflatten(0, shape)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """The inverse of `pad`, padding dropped."""
-        return x.flatten(0, 1).index_select(0, self.place_N)
-
-
-def _rows_of(chosen_G: Tensor, lengths_G: Tensor) -> Tensor:
-    """The rows of chosen runs, int64."""
-    return torch.repeat_interleave(chosen_G, lengths_G).nonzero().squeeze(1)
-
-
-def _attend_padded(
-    q_NHd: Tensor,
-    k_Md: Tensor,
-    v_Md: Tensor,
-    queries: _Padding,
-    keys: _Padding,
-    *,
-    causal: bool,
-    place_N: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """One call of the kernel; `place_N` as in `Keys`, None if the keys are the queries' rows."""
-    q_GHQd = queries.pad(q_NHd).transpose(1, 2)
-    # Keys and values are expanded, not copied, to the query heads that share them.
-    shape = (*q_GHQd.shape[:2], keys.longest, q_GHQd.shape[3])
-    k_GHKd, v_GHKd = (keys.pad(x).unsqueeze(1).expand(shape) for x in (k_Md, v_Md))
-    mask = None
-    places_K = torch.arange(keys.longest, device=q_NHd.device)
-    if not causal:
-        # Padding queries of an empty run see its first padding: no row may see nothing.
-        lengths_G111 = keys.lengths_G.clamp(min=1).view(-1, 1, 1, 1)
-        mask = places_K < lengths_G111
-    elif place_N is not None:
-        mask = places_K <= queries.pad(place_N)[:, None, :, None]
-    # Otherwise a causal mask hides a run's padding from its rows: none is materialised.
-    out_GHQd = F.scaled_dot_product_attention(
-        q_GHQd, k_GHKd, v_GHKd, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-    )
-    return queries.unpad(out_GHQd.transpose(1, 2))
 
 
 class LoopBackend(PaddedAttention):

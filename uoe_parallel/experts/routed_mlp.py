@@ -38,8 +38,9 @@ class RoutedMLP(torch.autograd.Function):
     """sum_i g_i act(x W1_i + b1_i) W2_i of each row x over its pairs.
 
     x [R, D], gates [N] (fp32 or fp64), then the weight of `slices.fc2`, the bias of `slices.fc1` or
-    None and its weight (gradients are finished in this order, the last layer's first), to [R, D].
-    Of the parameters they themselves are kept. Saved tensors or views would hold on to what DeepSpeed gathers for a moment under ZeRO 3.
+    None, and its weight, to [R, D]: in the order in which a backward pass is expected to finish
+    their gradients. The parameters themselves are kept for it. Saved tensors or views would hold on
+    to what DeepSpeed gathers for a moment under ZeRO 3.
     """
 
     @staticmethod
