@@ -101,11 +101,11 @@ def gathered_and_kept(config: RunConfig) -> tuple[int, set[str], int]:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_zero3_gathers_the_experts_of_one_block_at_a_time(ranks: Ranks, recompute: str) -> None:
-    """Two weights: in the forward pass, in its repetition, and in the backward pass of that."""
+def test_zero3_gathers_one_expert_weight_at_a_time(ranks: Ranks, recompute: str) -> None:
+    """In the forward pass, when it is repeated, and in the backward pass of what was repeated."""
     config = tiny_config(
         parallel={"zero_stage": 3},
         training={"recompute": recompute},
         deepspeed={"zero_optimization": RELEASED},
     )
-    assert ranks(2).run(gathered_and_kept, config) == [(2, set(), 0)] * 2
+    assert ranks(2).run(gathered_and_kept, config) == [(1, set(), 0)] * 2

@@ -11,7 +11,6 @@ from torch import nn
 
 from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.transfer import Phase
-from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import TransformerBlock
@@ -51,8 +50,6 @@ class _Coordinator:
         self.kept_whole = set(rules.kept_whole())
         self.number = {param: n for n, param in enumerate(model.parameters())}
         self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
-        experts = [block.experts for block in model.routed_blocks().values()]
-        self.routed_mlps = {e for e in experts if isinstance(e, UnionOfMLPExperts)}
         self.events = [*_forward(model), *_backward(model)]
         starts = [event.module for event in self.events if event.is_start]
         self.trace = [self._params(module) for module in starts]
@@ -89,8 +86,6 @@ class _Coordinator:
             others.append(module.experts.output_bias)
         if isinstance(module, VocabularyHead):
             others.append(self.tied)
-        if isinstance(module, UnionOfMLPExperts) and module in self.routed_mlps:
-            others += [module.fc1.weight, module.fc1.bias, module.fc2.weight]
         # DeepSpeed learns of parameters of other modules by finding them gone.
         params.update(p for p in others if p is not None and p not in self.kept_whole)
         return sorted(params, key=self.number.__getitem__)
@@ -132,36 +127,31 @@ class _Coordinator:
                 self.gathered -= param.numel()
 
 
-def _forward(module: nn.Module, phase: Phase = "forward", routed: bool = False) -> Iterator[_Event]:
+def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
     """Modules are called in the order in which they were made, but for lists of them, which are
     not called, and a layer's dropout, which is called after each block."""
     if isinstance(module, nn.ModuleDict):
         yield from chain.from_iterable(_forward(child, phase) for child in module.children())
         return
     yield _Event(phase, True, module)
-    for child in _called_by(module, routed):
-        yield from _forward(child, phase, isinstance(module, RoutedBlock))
+    for child in _called_by(module):
+        yield from _forward(child, phase)
     yield _Event(phase, False, module)
 
 
-def _backward(module: nn.Module, routed: bool = False) -> Iterator[_Event]:
+def _backward(module: nn.Module) -> Iterator[_Event]:
     if isinstance(module, nn.ModuleDict):
         yield from chain.from_iterable(map(_backward, reversed(list(module.children()))))
         return
     yield _Event("backward", True, module)
-    children, routes = _called_by(module, routed), isinstance(module, RoutedBlock)
+    children = _called_by(module)
     if isinstance(module, TransformerBlock | RoutedBlock) and module.recompute:
-        for child in children:
-            yield from _forward(child, "recompute", routes)
-    for child in reversed(children):
-        yield from _backward(child, routes)
+        yield from chain.from_iterable(_forward(child, "recompute") for child in children)
+    yield from chain.from_iterable(map(_backward, reversed(children)))
     yield _Event("backward", False, module)
 
 
-def _called_by(module: nn.Module, routed: bool) -> list[nn.Module]:
-    """`routed`: whether a routed block calls the module."""
-    if routed and isinstance(module, UnionOfMLPExperts):
-        return []  # it reads the weights of its linears itself
+def _called_by(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, TransformerBlock):
         dropout = module.dropout
         return [

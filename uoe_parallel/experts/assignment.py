@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.rows import RowCopies
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some of the pairs of some neighbouring experts."""
-
-    pairs: slice
-    experts: slice
-    counts_E: Tensor
-    """Pairs of each of these experts that are in the chunk, int64."""
-    goes_on: bool
-    """Whether it goes on with the pairs of its one expert, where the chunk before left off."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +42,6 @@ class Assignment:
         expert_N = torch.repeat_interleave(self.expert_counts_E, output_size=len(self.token_N))
         run_N = expert_N * count + self.documents.number_SB.take(self.token_N)
         return torch.bincount(run_N, minlength=num_experts * count)
-
-    def chunks(self, max_pairs: int | None) -> list[Chunk]:
-        """All pairs, in turn: of as many experts together as have no more than `max_pairs`, and
-        those of an expert that has more in equal parts. At least one chunk, also of no pair."""
-        if max_pairs is None or len(self.token_N) <= max_pairs:
-            return [Chunk(slice(None), slice(None), self.expert_counts_E, False)]
-        counts = self.expert_counts_E.tolist()
-        chunks: list[Chunk] = []
-        expert = done = 0
-        while expert < len(counts):
-            last, total = expert + 1, counts[expert]
-            while last < len(counts) and total + counts[last] <= max_pairs:
-                total += counts[last]
-                last += 1
-            # More than one part only of an expert that is too large by itself.
-            parts = max(1, -(-total // max_pairs))
-            for begin, end in pairwise(total * part // parts for part in range(parts + 1)):
-                experts, own_E = slice(expert, last), self.expert_counts_E[expert:last]
-                own_E = own_E if parts == 1 else own_E.new_tensor([end - begin])
-                chunks.append(Chunk(slice(done + begin, done + end), experts, own_E, begin > 0))
-            expert, done = last, done + total
-        return chunks
 
     def gather(self, rows_RD: Tensor) -> Tensor:
         """A copy of each pair's row: [N, D]."""

@@ -18,15 +18,9 @@ from uoe_parallel.errors import UserError
 from uoe_parallel.experts.padded import Keys, PaddedAttention
 from uoe_parallel.experts.timing import time_products
 
-CACHE_BYTES = 2**20
-"""On a CPU, copies of so many rows are still in the cache when the next product wants them."""
-
 
 class Backend(Protocol):
     """What experts need from a device."""
-
-    chunk_bytes: int | None
-    """Most bytes of copied rows that are worked on at a time; None for all of them at once."""
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         """Each block of rows times its expert's slice: [N, M].
@@ -35,11 +29,9 @@ class Backend(Protocol):
         """
         ...
 
-    def outer_products(
-        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
-    ) -> None:
-        """Put into `out_EMK`, or add to it, the sum over each expert's rows of y x^T. Not
-        differentiated."""
+    def outer_products(self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> None:
+        """Put the sum over each expert's rows of y x^T into `out_EMK`, of any strides.
+        Not differentiated."""
         ...
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
@@ -76,9 +68,6 @@ class Backend(Protocol):
 class LoopBackend(PaddedAttention):
     """One product per slice: any dtype and any width."""
 
-    def __init__(self, chunk_bytes: int | None = CACHE_BYTES) -> None:
-        self.chunk_bytes = chunk_bytes
-
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         y_NM = x_NK.new_empty(len(x_NK), w_EKM.shape[2])
         counts = counts_E.tolist()
@@ -86,12 +75,10 @@ class LoopBackend(PaddedAttention):
             torch.mm(x, w, out=y)
         return y_NM
 
-    def outer_products(
-        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
-    ) -> None:
-        counts, beta = counts_E.tolist(), float(add)
+    def outer_products(self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> None:
+        counts = counts_E.tolist()
         for y, x, out in zip(y_NM.split(counts), x_NK.split(counts), out_EMK, strict=True):
-            out.addmm_(y.t(), x, beta=beta)  # what was there is not even read if beta is 0
+            torch.mm(y.t(), x, out=out)
 
     def all_products(self, x_NK: Tensor, w_EKM: Tensor) -> Tensor:
         # Not by one broadcast product, whose gradient of x would be made for each slice at once.
@@ -110,14 +97,11 @@ class GroupedBackend(LoopBackend):
             return super().products(x_NK, w_EKM, counts_E)
         return F.grouped_mm(x_NK, w_EKM, offs=counts_E.cumsum(0).to(torch.int32))
 
-    def outer_products(
-        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
-    ) -> None:
+    def outer_products(self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> None:
         if _is_unaligned(x_NK, y_NM):
-            super().outer_products(out_EMK, y_NM, x_NK, counts_E, add=add)
+            super().outer_products(out_EMK, y_NM, x_NK, counts_E)
             return
-        sums_EMK = F.grouped_mm(y_NM.t(), x_NK, offs=counts_E.cumsum(0).to(torch.int32))
-        out_EMK.copy_(out_EMK + sums_EMK if add else sums_EMK)
+        out_EMK.copy_(F.grouped_mm(y_NM.t(), x_NK, offs=counts_E.cumsum(0).to(torch.int32)))
 
 
 def _is_unaligned(*matrices: Tensor) -> bool:
@@ -181,19 +165,14 @@ class ReferenceBackend:
     For tests: slow, plain, exact.
     """
 
-    chunk_bytes: int | None = None
-
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
         return torch.cat([x_NK.new_empty(0, w_EKM.shape[2]), *rows])
 
-    def outer_products(
-        self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor, *, add: bool
-    ) -> None:
+    def outer_products(self, out_EMK: Tensor, y_NM: Tensor, x_NK: Tensor, counts_E: Tensor) -> None:
         blocks = zip(y_NM.split(counts_E.tolist()), x_NK.split(counts_E.tolist()), strict=True)
-        sums_EMK = torch.stack([y.t() @ x for y, x in blocks])
-        out_EMK.copy_(out_EMK + sums_EMK if add else sums_EMK)
+        out_EMK.copy_(torch.stack([y.t() @ x for y, x in blocks]))
 
     # What is differentiated begins with a block of no rows that hangs on every input: a rank
     # without a row must still meet the others in the exchanges of the backward pass.
@@ -281,8 +260,8 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, Ba
     """By the name of their products, those that `dtype` has on `device`."""
     if device.type == "cuda":
         # There the grouped product and flash attention are made for half precision.
-        half: dict[str, Backend] = {"grouped": FlashBackend(None), "loop": FlashLoopBackend(None)}
-        return half if dtype is torch.bfloat16 else {"loop": LoopBackend(None)}
+        half: dict[str, Backend] = {"grouped": FlashBackend(), "loop": FlashLoopBackend()}
+        return half if dtype is torch.bfloat16 else {"loop": LoopBackend()}
     if dtype is torch.float64:
         return {"loop": LoopBackend()}
     return {"grouped": GroupedBackend(), "loop": LoopBackend()}

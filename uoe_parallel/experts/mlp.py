@@ -9,12 +9,11 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from uoe_parallel.experts.activation import activate
+from uoe_parallel.experts.activation import GatedActivation, activate
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
-from uoe_parallel.experts.routed_mlp import RoutedMLP, Slices
 from uoe_parallel.experts.slices import (
     InitMethod,
     SlicedColumnParallelLinear,
@@ -73,6 +72,7 @@ class UnionOfMLPExperts(nn.Module):
         self.num_experts = num_experts
         self.gated = activation == "swiglu"
         self.expert_width = ffn_size // num_experts
+        self.backend = backend
         self.recompute = recompute
         self.group = group
         self.fc1 = SlicedColumnParallelLinear(
@@ -93,7 +93,6 @@ class UnionOfMLPExperts(nn.Module):
             init_method=fc2_init,
             group=group,
         )
-        self._slices = Slices(self.fc1, self.fc2, backend, self.gated)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -120,9 +119,11 @@ class UnionOfMLPExperts(nn.Module):
             if self.recompute:
                 return recompute_between(self._activate, self.fc2, hidden)
             return self.fc2(self._activate(hidden))
-        return RoutedMLP.apply(
-            x, gates_N, self.fc2.weight, self.fc1.bias, self.fc1.weight, self._slices, assignment
-        )
+        counts_E = assignment.expert_counts_E
+        hidden_NF = self.fc1(assignment.gather(x), counts_E, self.backend)
+        # A gate on the narrow hidden row is the gate on the wide result: fc2 is linear.
+        gated_NF = GatedActivation.apply(hidden_NF, gates_N, self.gated)
+        return assignment.sum_by_row(self.fc2(gated_NF, counts_E, self.backend))
 
     def _activate(self, hidden: Tensor) -> Tensor:
         """Of the dense block: [..., width of `fc1`] to [..., width of `fc2`], on this rank."""

@@ -160,9 +160,10 @@ class _SlicedProduct(torch.autograd.Function):
             w_EMK = ctx.linear.slices(weight)[:, ctx.columns]
             dx_NK = ctx.backend.products(dy_NM, w_EMK, counts_E)
         if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight)
+            all_columns = ctx.columns == slice(None)
+            d_weight = torch.empty_like(weight) if all_columns else torch.zeros_like(weight)
             dw_EMK = ctx.linear.slices(d_weight)[:, ctx.columns]
-            ctx.backend.outer_products(dw_EMK, dy_NM, x_NK, counts_E, add=False)
+            ctx.backend.outer_products(dw_EMK, dy_NM, x_NK, counts_E)
         return dx_NK, d_weight, None, None, None, None
 
 

@@ -51,7 +51,7 @@ def seconds_of_product(backend: Backend, device: torch.device, dtype: torch.dtyp
     start = _now(device)
     y_NM = backend.products(rows_NK, weight_EMK.transpose(1, 2), counts_E)
     backend.products(y_NM, weight_EMK, counts_E)
-    backend.outer_products(torch.empty_like(weight_EMK), y_NM, rows_NK, counts_E, add=False)
+    backend.outer_products(torch.empty_like(weight_EMK), y_NM, rows_NK, counts_E)
     return _now(device) - start
 
 
