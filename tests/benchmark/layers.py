@@ -26,6 +26,7 @@ from uoe_parallel.benchmark.megatron_moe import MEGATRON
 from uoe_parallel.benchmark.problem import Problem
 from uoe_parallel.benchmark.session import Session
 from uoe_parallel.benchmark.sizes import Sizes
+from uoe_parallel.experts.backends import LoopBackend
 from uoe_parallel.experts.mlp import DenseMLPWeights
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import start_groups
@@ -38,7 +39,7 @@ def start(sizes: Sizes = TINY, rounds: int = 2) -> Session:
     world = dist.get_world_size()
     deepspeed.init_distributed("gloo", verbose=False, dist_init_required=None)
     layout = ParallelLayout(world, world, 1, world, sequence_parallel=world > 1, zero_stage=0)
-    return Session(start_groups(layout), use_device(0), sizes, rounds)
+    return Session(start_groups(layout), use_device(0), sizes, LoopBackend(), rounds)
 
 
 def everybody(session: Session, problem: Problem) -> list[Contender]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uoe_parallel.benchmark.sizes import Sizes
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.experts.backends import choose_backend
+from uoe_parallel.experts.backends import Backend
 from uoe_parallel.model.block import DenseBlock
 from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.model.language_model import LayerBuilder
@@ -28,6 +28,8 @@ class Session:
     groups: ParallelGroups
     device: Device
     sizes: Sizes
+    backend: Backend
+    """Of this project's layers."""
     rounds: int
     """Counted rounds of each timing."""
     warmup: int = 2
@@ -77,8 +79,7 @@ class Session:
                 **sections,
             }
         )
-        backend = choose_backend(self.device.torch_device, DTYPE, self.groups.world)
-        return LayerBuilder(config, self.groups, backend, DTYPE)
+        return LayerBuilder(config, self.groups, self.backend, DTYPE)
 
 
 def _routed(routed: bool, sizes: Sizes, heads: bool = False) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class Measured:
     threads: int
     """Of each rank."""
     device: str
+    products: str
+    """What was picked for this project's experts."""
     incomparable: str | None = None
     """Why nothing was measured."""
 
@@ -44,12 +46,16 @@ def measure(function: str, sizes: Sizes, rounds: int, timeout: float) -> Measure
     with distributed(timedelta(seconds=timeout)) as device:
         # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
         from uoe_parallel.benchmark.comparable import IncomparableError
-        from uoe_parallel.benchmark.session import Session
+        from uoe_parallel.benchmark.session import DTYPE, Session
+        from uoe_parallel.experts.backends import pick_backend
 
-        session = Session(start_groups(layout), device, sizes, rounds)
+        groups = start_groups(layout)
+        backend, products = pick_backend(device.torch_device, DTYPE, "auto", groups.world)
+        session = Session(groups, device, sizes, backend, rounds)
         entries, incomparable = [], None
         try:
             entries = pkgutil.resolve_name(function)(session)
         except IncomparableError as error:
             incomparable = str(error)
-        return Measured(entries, torch.get_num_threads(), str(device.torch_device), incomparable)
+        where = torch.get_num_threads(), str(device.torch_device), products
+        return Measured(entries, *where, incomparable)
