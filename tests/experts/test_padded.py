@@ -89,4 +89,4 @@ def test_lengths_are_copied_to_the_host_once(monkeypatch: pytest.MonkeyPatch) ->
     lengths_G = torch.tensor(LENGTHS)
     padding = padded._Padding(lengths_G, lengths_G)
     assert copies == [(2, len(LENGTHS))]
-    assert padding.shapes_C == [(1, 33), (1, 17), (2, 16), (2, 6), (2, 1)]
+    assert padding.shapes_C == [(1, 33), (2, 17), (2, 9), (1, 5), (2, 1)]

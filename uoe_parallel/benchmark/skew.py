@@ -18,11 +18,17 @@ SKEWS = 10
 
 
 def even_mask(sizes: Sizes) -> Tensor:
-    """bool [S, B, n]: every token takes `top_k` experts, every expert equally many tokens, as far
-    as their number can be divided."""
-    first_T = torch.randperm(sizes.tokens, generator=torch.Generator().manual_seed(0))
-    first_T1 = (first_T * sizes.top_k).unsqueeze(1)
-    return _mask((first_T1 + torch.arange(sizes.top_k)) % sizes.experts, sizes)
+    """bool [S, B, n]: every token takes `top_k` random experts, and every expert equally many
+    tokens, if n divides their number."""
+    generator = torch.Generator().manual_seed(0)
+    # Of n tokens each takes the same choice, turned by one expert more: together, each expert k
+    # times.
+    groups = -(-sizes.tokens // sizes.experts)
+    choices_Gn = torch.rand(groups, sizes.experts, generator=generator).argsort(1)
+    turns_n11 = torch.arange(sizes.experts).view(-1, 1, 1)
+    chosen_TK = (choices_Gn[:, : sizes.top_k] + turns_n11).flatten(0, 1) % sizes.experts
+    order_T = torch.randperm(sizes.tokens, generator=generator)
+    return _mask(chosen_TK[: sizes.tokens][order_T], sizes)
 
 
 def skewed_mask(sizes: Sizes, seed: int) -> Tensor:

@@ -91,8 +91,9 @@ class _Padding:
         size_G, order_G = size_G.sort(descending=True, stable=True)
         # The one copy to the host.
         host_G, size_G = torch.stack((lengths_G[order_G], size_G)).cpu()
-        # Runs without a row count as of one, so that ranks without any take the same path.
-        class_G = size_G.clamp(min=1).double().log2().ceil()
+        # Runs without a row count as of one, so that ranks without any take the same path. Classes
+        # do not meet at powers of two, around which half of a sequence's tokens like to lie.
+        class_G = (size_G.clamp(min=1).double().log2() + 0.5).ceil()
         _, runs_C = class_G.unique_consecutive(return_counts=True)
         self.lengths_C = host_G.split(runs_C.tolist())
         """Of the runs of each class, on the host."""
