@@ -156,14 +156,17 @@ class _SlicedProduct(torch.autograd.Function):
         (x_NK, counts_E), weight = ctx.saved_tensors, ctx.weight
         dy_NM = grad_outputs[0].contiguous()
         dx_NK = d_weight = None
-        if ctx.needs_input_grad[0]:
-            w_EMK = ctx.linear.slices(weight)[:, ctx.columns]
-            dx_NK = ctx.backend.products(dy_NM, w_EMK, counts_E)
         if ctx.needs_input_grad[1]:
             all_columns = ctx.columns == slice(None)
             d_weight = torch.empty_like(weight) if all_columns else torch.zeros_like(weight)
             dw_EMK = ctx.linear.slices(d_weight)[:, ctx.columns]
             ctx.backend.outer_products(dw_EMK, dy_NM, x_NK, counts_E)
+        # The gradient of the rows may take their place.
+        del x_NK
+        ctx.maybe_clear_saved_tensors()
+        if ctx.needs_input_grad[0]:
+            w_EMK = ctx.linear.slices(weight)[:, ctx.columns]
+            dx_NK = ctx.backend.products(dy_NM, w_EMK, counts_E)
         return dx_NK, d_weight, None, None, None, None
 
 
