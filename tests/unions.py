@@ -304,7 +304,7 @@ def build(
     backend: Backend | None = None,
 ) -> UnionOfMLPExperts | SelectiveMultiHeadAttention:
     """The problem's union with this rank's part of the dense weights."""
-    union = problem.spec.build(groups, dtype, backend or LoopBackend())
+    union = problem.spec.build(groups, dtype, backend or LoopBackend(chunk_bytes=500))
     union.load_dense(problem.tensors(dtype).weights)  # pyright: ignore[reportArgumentType]
     return union
 

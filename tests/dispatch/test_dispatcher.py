@@ -248,7 +248,7 @@ class _RecordingExperts:
                 strict=True,
             )
         ]
-        return assignment.sum_by_row(pairs * gates_N.unsqueeze(1))
+        return assignment.copies.sum(pairs * gates_N.unsqueeze(1))
 
 
 def _trace_all(

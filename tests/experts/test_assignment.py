@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
 from uoe_parallel.experts.documents import Documents
+from uoe_parallel.experts.rows import RowCopies
 
 EXPERTS, DOCUMENTS, LENGTH = 3, 2, 5
 
@@ -69,7 +70,7 @@ def test_rows_are_gathered_and_summed_with_gradients(routing: set[tuple[int, int
         assert x.grad is not None
         torch.testing.assert_close(x.grad[row], grad)
 
-    summed = assignment.sum_by_row(pairs)
+    summed = assignment.copies.sum(pairs)
     summed.backward(upstream)
     assert pairs.grad is not None
     for row in range(x.shape[0]):
@@ -84,4 +85,28 @@ def test_a_row_is_summed_in_the_order_of_its_experts() -> None:
     for values in ([1e8, 1.0, -1e8], [1e8, -1e8, 1.0]):
         pairs = torch.tensor(values).unsqueeze(1)
         wanted = (torch.tensor(values[0]) + values[1] + values[2]).item()
-        assert assignment.sum_by_row(pairs)[0].item() == wanted
+        assert assignment.copies.sum(pairs)[0].item() == wanted
+
+
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=9), st.one_of(st.none(), st.integers(1, 12))
+)
+def test_chunks_have_every_expert_once_and_no_more_pairs_than_they_may(
+    counts: list[int], most: int | None
+) -> None:
+    total = sum(counts)
+    assignment = Assignment(
+        copies=RowCopies(torch.zeros(total, dtype=torch.int64), 1),
+        expert_counts_E=torch.tensor(counts),
+        token_N=torch.zeros(total, dtype=torch.int64),
+        documents=Documents.whole(1, 1, torch.device("cpu")),
+    )
+    chunks = assignment.chunks(most)
+    experts = [range(len(counts))[chunk.experts] for chunk in chunks]
+    assert [e for of_chunk in experts for e in of_chunk] == list(range(len(counts)))
+    pairs = [range(total)[chunk.pairs] for chunk in chunks]
+    assert [n for of_chunk in pairs for n in of_chunk] == list(range(total))
+    for chunk, of_chunk, own in zip(chunks, experts, pairs, strict=True):
+        assert chunk.counts_E.tolist() == [counts[e] for e in of_chunk]
+        assert len(own) == sum(chunk.counts_E.tolist())
+        assert most is None or len(own) <= most or len(of_chunk) == 1

@@ -21,8 +21,8 @@ def measure(session: Session) -> list[dict[str, Any]]:
     forward pass, and in it and the backward pass, beyond what lived before: input, parameters and
     the gradient that comes in. In these peaks are also the results, as far as they are there by
     then: "output_bytes", "input_gradient_bytes" and "parameter_gradient_bytes". "activation_bytes":
-    the peak without output and input gradient, which are the neighbours', and without those of the
-    parameters. "ratio": of that to "saved_bytes".
+    the larger of the forward peak without the output and of the whole one without all of these,
+    and the input, which autograd keeps as well. "ratio": of that to the saved bytes and the input.
     """
     assert session.groups.tensor.size() == 1, "what travels between ranks is not counted here"
     sizes = session.sizes
@@ -67,7 +67,9 @@ def _figures(
     gradients = [leaf.grad for leaf in (x_SBD, *parameters) if leaf.grad is not None]
     input_gradient = storage_bytes(gradients[:1])
     parameter_gradient = storage_bytes(gradients[1:])
-    activation = peak - output - input_gradient - parameter_gradient
+    gradient_bytes = input_gradient + parameter_gradient
+    kept_input = storage_bytes([x_SBD])
+    activation = max(forward_peak, peak - gradient_bytes) - output + kept_input
     for leaf in (x_SBD, *parameters):
         leaf.grad = None
     return {
@@ -78,5 +80,5 @@ def _figures(
         "input_gradient_bytes": input_gradient,
         "parameter_gradient_bytes": parameter_gradient,
         "activation_bytes": activation,
-        "ratio": activation / saved,
+        "ratio": activation / (saved + kept_input),
     }

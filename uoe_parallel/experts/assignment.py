@@ -13,6 +13,16 @@ from uoe_parallel.experts.rows import RowCopies
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """The pairs of some neighbouring experts."""
+
+    pairs: slice
+    experts: slice
+    counts_E: Tensor
+    """Pairs of each of these experts, int64."""
+
+
+@dataclass(frozen=True)
 class Assignment:
     """(row, expert) pairs sorted by (expert, document, position).
 
@@ -43,13 +53,24 @@ class Assignment:
         run_N = expert_N * count + self.documents.number_SB.take(self.token_N)
         return torch.bincount(run_N, minlength=num_experts * count)
 
+    def chunks(self, most_pairs: int | None) -> list[Chunk]:
+        """All experts, in turn: as many as have at most `most_pairs` together, or one with more."""
+        if most_pairs is None or len(self.token_N) <= most_pairs:
+            return [Chunk(slice(None), slice(None), self.expert_counts_E)]
+        chunks: list[Chunk] = []
+        first = begin = end = 0
+        counts = self.expert_counts_E.tolist()
+        for expert, count in enumerate([*counts, most_pairs + 1]):
+            if end + count - begin > most_pairs and expert > first:
+                experts = slice(first, expert)
+                chunks.append(Chunk(slice(begin, end), experts, self.expert_counts_E[experts]))
+                first, begin = expert, end
+            end += count
+        return chunks
+
     def gather(self, rows_RD: Tensor) -> Tensor:
         """A copy of each pair's row: [N, D]."""
         return self.copies.gather(rows_RD)
-
-    def sum_by_row(self, pairs_ND: Tensor) -> Tensor:
-        """The sum of each row's pairs, in expert order: [R, D]."""
-        return self.copies.sum(pairs_ND)
 
 
 def sort_pairs(

@@ -137,9 +137,7 @@ class SelectiveMultiHeadAttention(nn.Module):
             return self._dense(x, documents, cache)
         attended_NHd = self._attend_selected(x, assignment, documents, cache)
         gated_NA = attended_NHd.flatten(1) * gates_N.to(x.dtype).unsqueeze(1)
-        return assignment.sum_by_row(
-            self.output(gated_NA, assignment.expert_counts_E, self.backend)
-        )
+        return self.output(gated_NA, assignment, self.backend)
 
     def _attend_selected(
         self,

@@ -18,9 +18,16 @@ from uoe_parallel.errors import UserError
 from uoe_parallel.experts.padded import Keys, PaddedAttention
 from uoe_parallel.experts.timing import time_products
 
+CHUNK_BYTES = 2**22
+"""On a CPU, where small products cost nothing more. A GPU's are better large, and it adds up in a
+fixed order only what is summed at once."""
+
 
 class Backend(Protocol):
     """What experts need from a device."""
+
+    chunk_bytes: int | None
+    """About how many bytes of pairs' results may wait to be summed; None for all there are."""
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         """Each block of rows times its expert's slice: [N, M].
@@ -67,6 +74,9 @@ class Backend(Protocol):
 
 class LoopBackend(PaddedAttention):
     """One product per slice: any dtype and any width."""
+
+    def __init__(self, chunk_bytes: int | None = CHUNK_BYTES) -> None:
+        self.chunk_bytes = chunk_bytes
 
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         y_NM = x_NK.new_empty(len(x_NK), w_EKM.shape[2])
@@ -165,6 +175,8 @@ class ReferenceBackend:
     For tests: slow, plain, exact.
     """
 
+    chunk_bytes: int | None = None
+
     def products(self, x_NK: Tensor, w_EKM: Tensor, counts_E: Tensor) -> Tensor:
         expert_N = torch.repeat_interleave(counts_E).tolist()
         rows = [x_NK[i : i + 1] @ w_EKM[e] for i, e in enumerate(expert_N)]
@@ -260,8 +272,8 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, Ba
     """By the name of their products, those that `dtype` has on `device`."""
     if device.type == "cuda":
         # There the grouped product and flash attention are made for half precision.
-        half: dict[str, Backend] = {"grouped": FlashBackend(), "loop": FlashLoopBackend()}
-        return half if dtype is torch.bfloat16 else {"loop": LoopBackend()}
+        half: dict[str, Backend] = {"grouped": FlashBackend(None), "loop": FlashLoopBackend(None)}
+        return half if dtype is torch.bfloat16 else {"loop": LoopBackend(None)}
     if dtype is torch.float64:
         return {"loop": LoopBackend()}
     return {"grouped": GroupedBackend(), "loop": LoopBackend()}

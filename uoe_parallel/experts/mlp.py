@@ -123,7 +123,7 @@ class UnionOfMLPExperts(nn.Module):
         hidden_NF = self.fc1(assignment.gather(x), counts_E, self.backend)
         # A gate on the narrow hidden row is the gate on the wide result: fc2 is linear.
         gated_NF = GatedActivation.apply(hidden_NF, gates_N, self.gated)
-        return assignment.sum_by_row(self.fc2(gated_NF, counts_E, self.backend))
+        return self.fc2(gated_NF, assignment, self.backend)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         """Of the dense block: [..., width of `fc1`] to [..., width of `fc2`], on this rank."""

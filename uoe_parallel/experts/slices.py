@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
 
 InitMethod = Callable[[Tensor], object]
@@ -114,15 +115,16 @@ class SlicedRowParallelLinear(RowParallelLinear):
         self.num_local_slices = num_slices // group.size()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, counts_E: Tensor | None = None, backend: Backend | None = None
+        self, x: Tensor, assignment: Assignment | None = None, backend: Backend | None = None
     ) -> Tensor:
         """Dense: x [S, B, width of this rank] to [S or S/P, B, D], summed over the group.
 
-        Sliced: x [N, slice width], rows sorted by expert, to [N, D], not summed.
+        Sliced: x [N, slice width] of an assignment's pairs to [R, D], summed over each row's pairs
+        in the order of experts, not over the group.
         """
-        if counts_E is None or backend is None:
+        if assignment is None or backend is None:
             return super().forward(x)[0]
-        return _SlicedProduct.apply(x, self.weight, counts_E, backend, self, slice(None))
+        return _SummedProduct.apply(x, self.weight, assignment, backend, self)
 
     def slices(self, weight: Tensor) -> Tensor:
         """A view of the weight: [slices, D, slice width]."""
@@ -143,7 +145,7 @@ class _SlicedProduct(torch.autograd.Function):
         weight: Tensor,
         counts_E: Tensor,
         backend: Backend,
-        linear: SlicedColumnParallelLinear | SlicedRowParallelLinear,
+        linear: SlicedColumnParallelLinear,
         columns: slice,
     ) -> Tensor:
         ctx.save_for_backward(x_NK, counts_E)
@@ -168,6 +170,56 @@ class _SlicedProduct(torch.autograd.Function):
             w_EMK = ctx.linear.slices(weight)[:, ctx.columns]
             dx_NK = ctx.backend.products(dy_NM, w_EMK, counts_E)
         return dx_NK, d_weight, None, None, None, None
+
+
+class _SummedProduct(torch.autograd.Function):
+    """As `_SlicedProduct`, from [N, K], summed over each row's pairs: [R, M].
+
+    Results of pairs are as wide as the model, and live for some experts at a time only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NK: Tensor,
+        weight: Tensor,
+        assignment: Assignment,
+        backend: Backend,
+        linear: SlicedRowParallelLinear,
+    ) -> Tensor:
+        ctx.save_for_backward(x_NK)
+        ctx.weight, ctx.assignment, ctx.backend, ctx.linear = weight, assignment, backend, linear
+        w_EKM = linear.slices(weight).transpose(1, 2)
+        chunks = assignment.chunks(_most_pairs(backend, x_NK, linear.output_size))
+        results = (
+            backend.products(x_NK[chunk.pairs], w_EKM[chunk.experts], chunk.counts_E)
+            for chunk in chunks
+        )
+        if len(chunks) == 1:
+            return assignment.copies.add_up(*results)
+        y_RM = x_NK.new_zeros(assignment.copies.num_rows, linear.output_size)
+        for chunk, y_NM in zip(chunks, results, strict=True):
+            y_RM.index_add_(0, assignment.copies.row_N[chunk.pairs], y_NM)
+        return y_RM
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (x_NK,), weight, backend = ctx.saved_tensors, ctx.weight, ctx.backend
+        assignment, (dy_RM,) = ctx.assignment, grad_outputs
+        d_weight, dx_NK = torch.empty_like(weight), torch.empty_like(x_NK)
+        w_EMK, dw_EMK = ctx.linear.slices(weight), ctx.linear.slices(d_weight)
+        for chunk in assignment.chunks(_most_pairs(backend, x_NK, ctx.linear.output_size)):
+            dy_NM = dy_RM.index_select(0, assignment.copies.row_N[chunk.pairs])
+            dx_NK[chunk.pairs] = backend.products(dy_NM, w_EMK[chunk.experts], chunk.counts_E)
+            backend.outer_products(dw_EMK[chunk.experts], dy_NM, x_NK[chunk.pairs], chunk.counts_E)
+        return dx_NK, d_weight, None, None, None
+
+
+def _most_pairs(backend: Backend, x_NK: Tensor, width: int) -> int | None:
+    """Pairs whose results of so many elements `backend` holds at a time."""
+    if backend.chunk_bytes is None:
+        return None
+    return max(1, backend.chunk_bytes // (width * x_NK.element_size()))
 
 
 def _released_with(weight: nn.Parameter) -> AbstractContextManager[object]:
