@@ -6,8 +6,9 @@ packed beside it in the same row does not exist for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Documents:
     """bool, False for padding; None if there is none."""
     one_each: bool = False
     """Whether every sequence is one document without padding."""
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What layers work out of this and need in each of them, kept by whoever does."""
 
     @classmethod
     def whole(cls, length: int, sequences: int, device: torch.device) -> Documents:

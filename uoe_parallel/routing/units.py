@@ -27,7 +27,14 @@ class Units:
 
     @classmethod
     def of(cls, documents: Documents, length: int) -> Units:
-        """Units of `length` tokens of whole sequences."""
+        """Units of `length` tokens of whole sequences, worked out once for all layers."""
+        key = (cls, length)
+        if key not in documents.derived:
+            documents.derived[key] = cls._of(documents, length)
+        return documents.derived[key]
+
+    @classmethod
+    def _of(cls, documents: Documents, length: int) -> Units:
         offset_SB = documents.position_SB % length
         places_S1 = torch.arange(len(offset_SB), device=offset_SB.device).unsqueeze(1)
         is_first_SB = offset_SB == 0
