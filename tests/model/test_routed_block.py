@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.harness import Ranks
 from tests.model.cases import build_model, own_shard, random_tokens, start
 from tests.tiny import tiny_config
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.experts.backends import ReferenceBackend
+from uoe_parallel.experts.backends import GroupedBackend, ReferenceBackend
 from uoe_parallel.routing.units import Units
 
 CHANGED_POSITION = 9
@@ -126,3 +127,47 @@ def test_rules_learn_from_training_passes_alone_and_from_each_once(ranks: Ranks)
     evaluated, first_pass, trained = ranks(1).run(observed, config)[0]
     assert evaluated == first_pass == 0
     assert trained > 0
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_pass(config: RunConfig) -> int:
+    """Of a feed-forward block, forward and backward, with one call for all products."""
+    groups = start(config)
+    model = build_model(config, groups, backend=GroupedBackend())
+    block = model.routed_blocks()["layers.1.feed_forward"]
+    length, width = config.model.sequence_length, config.model.hidden_size
+    x = own_shard(torch.randn(length, 4, width), groups).requires_grad_()
+    context = model.context((4, length), None, x.device)
+    block(x, context).sum().backward()  # what is made once for all passes
+    with _Operations() as operations:
+        block(x, context).sum().backward()
+    return operations.count
+
+
+def test_work_of_the_host_does_not_grow_with_the_experts(ranks: Ranks) -> None:
+    for tensor in (1, 2):
+        counts = [
+            ranks(tensor).run(
+                operations_of_a_pass,
+                tiny_config(
+                    feed_forward={"num_experts": experts, "top_k": 2},
+                    model={"ffn_size": 512},
+                    **parallel(tensor, sequence_parallel=tensor > 1),
+                ),
+            )
+            for experts in (8, 32)
+        ]
+        assert counts[0] == counts[1]

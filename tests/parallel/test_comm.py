@@ -101,6 +101,48 @@ def test_all_to_all_sends_gradients_back(ranks: Ranks) -> None:
     _check(found, values, [torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([[13.0]])])
 
 
+def _exchange_meanwhile(x: Tensor, group: ProcessGroup) -> Tensor:
+    """As `_exchange`, with another exchange before the rows are waited for."""
+    send = [[1, 2], [1, 0]]
+    receive = [[1, 1], [2, 0]]
+    arrived = comm.start_all_to_all(x, receive[group.rank()], send[group.rank()], group)
+    again = _exchange(x.detach(), group)
+    rows = arrived()
+    assert torch.equal(rows, again)
+    return rows
+
+
+def test_rows_travel_while_others_do(ranks: Ranks) -> None:
+    x = [torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[3.0]])]
+    u = [torch.tensor([[10.0], [13.0]]), torch.tensor([[11.0], [12.0]])]
+    found = ranks(2).run(_forward_and_backward, _exchange_meanwhile, x, u)
+    values = [torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [2.0]])]
+    _check(found, values, [torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([[13.0]])])
+
+
+def _exchange_with_ids(x: Tensor, group: ProcessGroup) -> Tensor:
+    send = [[1, 2], [1, 0]]
+    receive = [[1, 1], [2, 0]]
+    ids = 2**31 - 1 - torch.arange(len(x)) - 10 * group.rank()
+    values, ids = comm.all_to_all_with_ids(x, ids, receive[group.rank()], send[group.rank()], group)
+    assert ids.dtype is torch.int64
+    assert (2**31 - 1 - ids).tolist() == [[0, 10], [1, 2]][group.rank()]
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_ids_travel_together(ranks: Ranks, dtype: torch.dtype) -> None:
+    """Values of any bits, also those that read as no number."""
+    x = [torch.tensor([0.1, torch.inf, -0.0], dtype=dtype), torch.tensor([torch.nan], dtype=dtype)]
+    u = [torch.tensor([10.0, 13.0], dtype=dtype), torch.tensor([11.0, 12.0], dtype=dtype)]
+    found = ranks(2).run(_forward_and_backward, _exchange_with_ids, x, u)
+    values = [torch.stack((x[0][0], x[1][0])), x[0][1:]]
+    gradients = [torch.tensor([10.0, 11.0, 12.0], dtype=dtype), torch.tensor([13.0], dtype=dtype)]
+    for (value, gradient), wanted, wanted_gradient in zip(found, values, gradients, strict=True):
+        assert torch.equal(value.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert torch.equal(gradient, wanted_gradient)
+
+
 def _exchange_nothing_from_rank_1(x: Tensor, group: ProcessGroup) -> Tensor:
     send = [[0, 2], [0, 0]]
     receive = [[0, 0], [2, 0]]
