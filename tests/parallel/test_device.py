@@ -11,7 +11,7 @@ from uoe_parallel.parallel.device import use_device
 
 
 def faults_of_a_later_activation() -> int:
-    """Pages that had to be brought in for a tensor of 32 MiB, after some of that size were freed."""
+    """Pages brought in for a tensor of 32 MiB, after some of that size were freed."""
     use_device(0)
     size = 2**25
     for _ in range(3):  # until there is a hole in which one fits aligned
