@@ -426,3 +426,18 @@ def test_timing_runs_every_backend_and_leaves_the_random_state() -> None:
     assert seconds.keys() == found.keys() and all(map(math.isfinite, seconds.values()))
     assert type(choose_backend(torch.device("cpu"), torch.float32)) in map(type, found.values())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(counts_E=counts, seed=st.integers(0, 9))
+def test_grouped_products_have_the_bits_of_single_ones(counts_E: list[int], seed: int) -> None:
+    """On a CPU, where a run takes whichever are faster when it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(counts_E)
+    x, y = (torch.randn(sum(counts_E), width, generator=generator) for width in (16, 24))
+    w = torch.randn(len(counts_E), 16, 24, generator=generator)
+    loop, grouped = LoopBackend(), GroupedBackend()
+    assert torch.equal(loop.products(x, w, counts), grouped.products(x, w, counts))
+    of_loop, of_grouped = torch.empty(2, len(counts_E), 24, 16)
+    loop.outer_products(of_loop, y, x, counts)
+    grouped.outer_products(of_grouped, y, x, counts)
+    assert torch.equal(of_loop, of_grouped)

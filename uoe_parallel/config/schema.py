@@ -210,8 +210,8 @@ class TrainingConfig(Section):
     inputs, with all that they send. No bit of a loss or gradient depends on it."""
     expert_products: ExpertProducts = "auto"
     """How rows are multiplied by their experts' slices: in one grouped call (not in fp64), slice by
-    slice in a loop, or by the faster of them, as measured when the run starts. Each rounds in its
-    own way: name one for a run that is to be repeated or resumed bit by bit."""
+    slice in a loop, or by the faster of them, as measured when the run starts. On a CPU both give
+    the same bits. On CUDA name one for a run that is to be repeated or resumed bit by bit."""
     validate_every: NonNegativeInt = 0
     """Steps between validation passes; 0 validates only at the end."""
     validation_sequences: PositiveInt = 64
