@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+PROGRAM = """
 import resource
 
 import torch
 
-from tests.harness import Ranks
 from uoe_parallel.parallel.device import use_device
 
 
-def faults_of_a_later_activation() -> int:
-    """Pages brought in for a tensor of 32 MiB, after some of that size were freed."""
-    use_device(0)
-    size = 2**25
-    for _ in range(3):  # until there is a hole in which one fits aligned
-        torch.ones(size, dtype=torch.uint8)
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(size, dtype=torch.uint8)
+    torch.ones(2**25, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def test_freed_memory_is_kept_for_the_next_activation(ranks: Ranks) -> None:
-    [faults] = ranks(1).run(faults_of_a_later_activation)
-    assert faults < 100  # of 8192 pages
+use_device(0)
+print(min(faults() for _ in range(8)))
+"""
+"""Pages that had to be brought in for a tensor of 32 MiB, of 8192, after some of that size were
+freed. In a process of its own: others have holes of all sizes."""
+
+
+def test_freed_memory_is_kept_for_the_next_activation() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout.splitlines()[-1]) < 100
