@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from uoe_parallel.experts.assignment import Assignment, sort_pairs
@@ -91,6 +91,7 @@ def test_a_row_is_summed_in_the_order_of_its_experts() -> None:
 @given(
     st.lists(st.integers(0, 7), min_size=1, max_size=9), st.one_of(st.none(), st.integers(1, 12))
 )
+@example([5, 0], 3)  # an expert without pairs behind one that fills a chunk
 def test_chunks_have_every_expert_once_and_no_more_pairs_than_they_may(
     counts: list[int], most: int | None
 ) -> None:

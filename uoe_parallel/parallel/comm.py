@@ -93,7 +93,17 @@ def start_all_to_all(
     return arrived
 
 
-class _StartAllToAll(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """Base of exchanges whose first result's gradient travels the way back."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (received, sent), (gradient, *_) = ctx.counts, grad_outputs
+        assert gradient is not None
+        return _exchange(gradient, sent, received, ctx.group)[0], None, None, None, None
+
+
+class _StartAllToAll(_Exchange):
     @staticmethod
     def forward(
         ctx: Any,
@@ -107,11 +117,6 @@ class _StartAllToAll(torch.autograd.Function):
         received, work = _exchange(rows, receive_counts, send_counts, group, async_op=True)
         pending.append(work)
         return received
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        received, sent = ctx.counts
-        return _exchange(grad_outputs[0], sent, received, ctx.group)[0], None, None, None, None
 
 
 def all_to_all_with_ids(
@@ -129,7 +134,7 @@ def all_to_all_with_ids(
     return received, ids
 
 
-class _AllToAllWithIds(torch.autograd.Function):
+class _AllToAllWithIds(_Exchange):
     @staticmethod
     def forward(
         ctx: Any,
@@ -147,11 +152,6 @@ class _AllToAllWithIds(torch.autograd.Function):
         ids_N = ids_N.to(torch.int64, copy=True)
         ctx.mark_non_differentiable(ids_N)
         return values_N, ids_N
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        received, sent = ctx.counts
-        return _exchange(grad_outputs[0], sent, received, ctx.group)[0], None, None, None, None
 
 
 def _exchange(
