@@ -251,6 +251,18 @@ class RoutesConfig(Section):
     routes/tokens: sums over routed blocks and the steps since the last report."""
 
 
+class ProfileConfig(Section):
+    """Looking at a run's communication while it goes on; see docs/profiling.md."""
+
+    first_step: NonNegativeInt = 20
+    """First of the steps (from 0) whose collectives are timed."""
+    steps: NonNegativeInt = 0
+    """How many steps are timed; 0 times none. The results go to <run_dir>/profile."""
+    wait_limit: float | None = Field(default=None, gt=0)
+    """Seconds. A collective that waits longer for its ranks is reported, with the ranks that have
+    not arrived, and ends the run everywhere; null waits until the backend gives up."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -265,6 +277,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     routes: RoutesConfig = RoutesConfig()
+    profile: ProfileConfig = ProfileConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed's config; may add to what is derived, not contradict it."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -88,6 +89,14 @@ class StepResult:
     learning_rate: float
 
 
+class StepObserver(Protocol):
+    """Who looks on while a run trains."""
+
+    def step(self, number: int) -> AbstractContextManager[object]:
+        """What is around training step `number`, from 0, on every rank alike."""
+        ...
+
+
 class Trainer:
     """One run, from its config to its last checkpoint. Built and used by every rank alike."""
 
@@ -136,6 +145,7 @@ class Trainer:
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
+        self.observers: Sequence[StepObserver] = ()
         self.metrics: MetricsWriter | None = None
         self.step = 0
 
@@ -181,7 +191,12 @@ class Trainer:
         gradient that is not finite.
         """
         training = self.config.training
-        with self.timer.step(parts=not self.device.is_cuda or self._logs_next_step()):
+        with ExitStack() as around:
+            for observer in self.observers:
+                around.enter_context(observer.step(self.step))
+            around.enter_context(
+                self.timer.step(parts=not self.device.is_cuda or self._logs_next_step())
+            )
             with self.timer.part("data"):
                 batches = step_batches(
                     self.train_data,
