@@ -1,0 +1,47 @@
+"""What is known of one collective of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uoe_parallel.analysis.transfer import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One call of a collective on a group of two ranks or more.
+
+    Times are seconds of this process's `time.perf_counter`. The caller was blocked from `waited`
+    to `finished`, and the transfer was under way, or waited for the last rank, from `started` to
+    `ended`: what lies between `started` and `waited` was hidden behind the caller's own work. Of a
+    blocking call `waited` is `started` and `ended` is `finished`.
+    """
+
+    operation: str
+    """As `analysis.transfer.Operation`, or another that only bookkeeping uses, such as "barrier";
+    "recv" is the other end of a "send"."""
+    ranks: tuple[int, ...]
+    """Of the group, in its order; of a send, its two ends in order of rank."""
+    axis: str
+    """The group's name in `analysis.transfer.group_ranks`; "other" for one that has none."""
+    purpose: str
+    """As `Transfer.purpose`."""
+    phase: Phase
+    step: int
+    """The training step, from 0; -1 before the first one."""
+    number: int
+    """Which call on this group this was since recording began: the same on all its ranks."""
+    payload: int
+    """Bytes, as `Transfer.payload` counts them."""
+    kept: int
+    """Bytes, as `Transfer.kept` counts them."""
+    started: float
+    """When it was called."""
+    waited: float
+    """When the caller began to wait for its end."""
+    finished: float
+    """When the caller went on after it."""
+    ended: float
+    """When the transfer was over, which an asynchronous one may be before `waited`."""
+    is_async: bool
+    """Whether the caller could do other work meanwhile."""
