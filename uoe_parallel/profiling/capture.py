@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.simulate import build_stage, sample_exchanges
 from uoe_parallel.analysis.traffic import step_traffic
-from uoe_parallel.analysis.transfer import Transfer
+from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.parallel.agreement import gather_json, shared_fate
 from uoe_parallel.parallel.device import Device
@@ -87,15 +87,17 @@ class StepCapture:
         result is on rank 0, None on the others."""
         assert self._clock is not None, "no step was recorded"
         world, before, after = self.groups.world, self._clock, read_clock(self.groups.world)
-        joined = gather_events(self.recorder.events, before, after, world)
+        transfers, ranks = self._expected(), group_ranks(self.groups)
+        axes = {(t.purpose, t.operation, ranks[t.group]): t.group for t in transfers}
+        joined = gather_events(self.recorder.events, before, after, world, axes)
         steps, *ends = np.array(self.spans).T
         ends = [on_main_clock(end, before, after) for end in ends]
         spans = gather_json(np.stack((steps, *ends)).T.tolist(), world)
         plain = gather_json(self.plain_seconds, world)
-        expected = gather_json([astuple(transfer) for transfer in self._expected()], world)
+        expected = gather_json([astuple(transfer) for transfer in transfers], world)
         rows: list[Row] = []
         if joined is not None:
-            amounts = expected_amounts([Transfer(*t) for t in rank] for rank in expected)
+            amounts = expected_amounts([Transfer(*t) for t in of_rank] for of_rank in expected)
             rows = summarise(joined, len(steps), amounts)
         alone = measure_alone(sizes_of(rows), self.groups, self.device)
         if joined is None:

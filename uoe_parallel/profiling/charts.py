@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from uoe_parallel.benchmark.plots import STYLE
 from uoe_parallel.profiling.alone import Alone
-from uoe_parallel.profiling.report import Profile
+from uoe_parallel.profiling.report import Profile, in_bytes_per_second
 from uoe_parallel.profiling.summary import Row
 
 COLOURS = {
@@ -79,7 +79,7 @@ def draw_times(profile: Profile) -> Figure:
     axes.grid(False, axis="x")
     axes.set_axisbelow(True)
     figure.legend(handles=handles[::-1], loc="outside right upper")
-    figure.suptitle("What ranks stand still for in a step")
+    axes.set_title("What ranks stand still for in a step", loc="left")
     return figure
 
 
@@ -124,7 +124,7 @@ def draw_bandwidth(rows: Sequence[Row], alone: Sequence[Alone]) -> Figure:
     if rows:
         handles += [_mark("o", "in the step", full=True), _mark("o", "alone", full=False)]
     figure.legend(handles=handles, loc="outside right upper")
-    figure.suptitle("Size against bandwidth")
+    plot.set_title("Size against bandwidth", loc="left")
     return figure
 
 
@@ -174,8 +174,8 @@ def _scales(plot: Axes) -> None:
     plot.xaxis.set_major_locator(LogLocator(base=4, numticks=12))
     plot.xaxis.set_major_formatter(FuncFormatter(_bytes))
     plot.xaxis.set_minor_locator(NullLocator())
-    plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
-    plot.set(xlabel="bytes that a rank puts into a call", ylabel="bus bandwidth (GB/s)")
+    plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes_per_second(value)))
+    plot.set(xlabel="bytes that a rank puts into a call", ylabel="bus bandwidth")
 
 
 def _bytes(size: float, _: object = None) -> str:

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.purposes import Purpose
 
-ROUND_TRIPS = 8
+ROUND_TRIPS = 16
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ _FOUND = [("rank", "i4"), ("call", "i8"), ("last", "i4")] + [
 ]
 
 
+Axes = Mapping[tuple[str, str, tuple[int, ...]], str]
+"""By purpose, operation and ranks what an axis is called: where two axes have the same ranks, an
+event can't tell which of them a library meant."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What many events have in common."""
@@ -52,12 +57,12 @@ class Kind:
     is_async: bool
 
     @classmethod
-    def of(cls, event: Event) -> Kind:
+    def of(cls, event: Event, axis: str) -> Kind:
         receives = event.operation == "recv"
         return cls(
             operation="send" if receives else event.operation,
             receives=receives,
-            axis=common_axis(event.axis),
+            axis=common_axis(axis),
             purpose=str(event.purpose),
             phase=event.phase,
             is_async=event.is_async,
@@ -113,13 +118,17 @@ def common_axis(axis: str) -> str:
 
 
 def gather_events(
-    events: Sequence[Event], before: ClockReading, after: ClockReading, group: ProcessGroup
+    events: Sequence[Event],
+    before: ClockReading,
+    after: ClockReading,
+    group: ProcessGroup,
+    expected: Axes | None = None,
 ) -> Joined | None:
     """The events of all ranks of `group` on its rank 0, None on the others. Collective.
 
-    before, after: this rank's clock at both ends of the recording.
+    before, after: this rank's clock at both ends of the recording; expected: see `packed`.
     """
-    rows, names = packed(events, group.rank())
+    rows, names = packed(events, group.rank(), expected)
     for time in _TIMES:
         rows[time] = on_main_clock(rows[time], before, after)
     # Numbers as they are, and what they stand for once.
@@ -130,16 +139,22 @@ def gather_events(
     return join([message.numpy().view(_OWN) for message in messages], all_names)
 
 
-def packed(events: Iterable[Event], rank: int) -> tuple[np.ndarray, dict[str, Any]]:
+def packed(
+    events: Iterable[Event], rank: int, expected: Axes | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
     """A rank's events as an array of numbers, and the kinds and groups that it counts on, as
-    JSON."""
+    JSON.
+
+    expected: names of axes that go before those of the events.
+    """
     kinds: dict[Kind, int] = {}
     groups: dict[Group, int] = {}
     calls: defaultdict[tuple[int, int], int] = defaultdict(int)
     of_ranks: dict[tuple[str, tuple[int, ...]], int] = {}
     rows = []
     for event in sorted(events, key=lambda event: event.started):
-        kind = kinds.setdefault(Kind.of(event), len(kinds))
+        axis = (expected or {}).get((event.purpose, event.operation, event.ranks), event.axis)
+        kind = kinds.setdefault(Kind.of(event, axis), len(kinds))
         ends = (event.operation if event.operation in ("send", "recv") else "", event.ranks)
         if (group := of_ranks.get(ends)) is None:
             group = groups.setdefault(Group.of(event, rank), len(groups))

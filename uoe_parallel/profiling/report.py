@@ -99,7 +99,7 @@ def print_sweep(alone: Sequence[Alone], stream: TextIO | None = None) -> None:
         if operation not in cell or one.bus_bandwidth < cell[operation].bus_bandwidth:
             cell[operation] = one
     for axis, names in operations.items():
-        columns = [f"{name}, {figure}" for name in names for figure in ("ms", "GB/s")]
+        columns = [f"{name}, {figure}" for name in names for figure in ("ms", "bandwidth")]
         rows = [
             [in_bytes(payload), *(cell for name in names for cell in _timing(found.get(name)))]
             for (of, payload), found in slowest.items()
@@ -129,8 +129,11 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in header:
         number = column.isupper()
-        title = column.lower().replace("gb/s", "GB/s") if number else column
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        table.add_column(
+            column.lower() if number else column,
+            justify="right" if number else "left",
+            no_wrap=column != "purpose",
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -172,7 +175,7 @@ def _categories(profile: Profile) -> Table:
 
 _ROW_HEADER = [
     *("purpose", "group", "operation", "CALLS", "BYTES", "EXPECTED", "MS", "WAITING", "HIDDEN"),
-    *("LEAST-MOST", "LATE", "GB/S", "ALONE"),
+    *("LEAST-MOST", "LATE", "BANDWIDTH", "ALONE"),
 ]
 
 
@@ -222,7 +225,7 @@ def _expected(row: Row) -> str:
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        "late: the rank that the others waited for longest. GB/s: bus bandwidth while moving; "
+        "late: the rank that the others waited for longest. bandwidth: of the bus, while moving; "
         "alone: the same size with nothing else going on, just after."
     )
     differ = [row for row in rows if not row.as_expected]
@@ -239,7 +242,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 _GROUP_HEADER = [
-    *("group", "operation", "BYTES", "GROUPS", "slowest, ranks", "GB/S", "fastest, ranks", "GB/S"),
+    *("group", "operation", "BYTES", "GROUPS", "slowest, ranks", "BANDWIDTH", "fastest, ranks", "BANDWIDTH"),
 ]
 
 
@@ -270,6 +273,14 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole > 0 else ""
 
 
+def in_bytes_per_second(bandwidth: float) -> str:
+    """With a decimal prefix, as the speeds of links are told: "1.25 GB/s"."""
+    for prefix in ("", "k", "M", "G"):
+        if bandwidth < 999.5:
+            return f"{bandwidth:.3g} {prefix}B/s"
+        bandwidth /= 1000
+    return f"{bandwidth:.3g} TB/s"
+
+
 def _rate(bandwidth: float | None) -> str:
-    """GB/s, of 10^9 bytes."""
-    return "" if bandwidth is None else f"{bandwidth / 1e9:.3g}"
+    return "" if bandwidth is None else in_bytes_per_second(bandwidth)
