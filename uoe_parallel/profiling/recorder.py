@@ -27,6 +27,8 @@ class _Note:
     waited: Any = None
     completed: float | None = None
     """When its transfer was over, if something else was done meanwhile."""
+    work: Any = None
+    """Of one that does not say when it completes."""
 
 
 class Recorder(Interception):
@@ -57,10 +59,15 @@ class Recorder(Interception):
             def complete(_: object) -> None:
                 note.completed = time.perf_counter()
 
-            work.get_future().add_done_callback(complete)
+            try:
+                work.get_future().add_done_callback(complete)
+            except RuntimeError:  # gloo's reduce-scatter has none
+                note.work = work
 
     def waits(self, note: _Note) -> None:
         note.waited = self._now() if note.call.is_async else note.started
+        if note.work is not None and note.work.is_completed():
+            note.completed = note.waited  # or before
 
     def waited(self, note: _Note) -> None:
         call, finished = note.call, self._now()
