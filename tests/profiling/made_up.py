@@ -58,7 +58,7 @@ def two_steps() -> tuple[Joined, np.ndarray]:
     """Of two ranks, and the steps' times: rank 1 comes 0.3 s late to a sum that takes 0.1 s, both
     then send tokens behind 0.2 s of their own work, and wait 0.1 s more."""
     events: list[list[Event]] = [[], []]
-    for step, begin in ((5, 10.0), (6, 20.0)):
+    for number, (step, begin) in enumerate(((5, 10.0), (6, 20.0))):
         rows: dict[str, Any] = {
             "operation": "all_to_all",
             "purpose": "dispatch rows",
@@ -66,10 +66,11 @@ def two_steps() -> tuple[Joined, np.ndarray]:
             "kept": 500,
             "is_async": True,
             "step": step,
+            "number": 2 * number + 1,
         }
         for rank, late in ((0, 0.0), (1, 0.3)):
             events[rank] += [
-                event(begin + late, begin + 0.4, step=step),
+                event(begin + late, begin + 0.4, step=step, number=2 * number),
                 event(begin + 0.4, begin + 0.7, **rows | {"waited": begin + 0.6}),
             ]
     steps = np.array([[(5, 10.0, 11.0), (6, 20.0, 21.0)]] * 2)

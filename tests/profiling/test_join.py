@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.profiling.made_up import event, joined, of_rank, two_steps
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.profiling.clock import ClockReading, on_main_clock
-from uoe_parallel.profiling.join import Joined
+from uoe_parallel.profiling.join import Joined, packed
 
 
 def test_the_last_arrival_ends_the_waiting() -> None:
@@ -30,12 +31,12 @@ def test_a_drift_of_clocks_is_removed() -> None:
     assert on_main == pytest.approx([95.0, 96.8, 98.6])
 
 
-def test_calls_are_matched_by_their_place_on_the_group() -> None:
-    """Whatever else a rank does between them, and in whatever order they were written down."""
+def test_calls_are_matched_by_their_number_on_the_group() -> None:
+    """Whatever else a rank does between them, and in whatever order callers went on."""
     other = {"ranks": (0, 2), "axis": "data"}
     found = joined(
-        [event(3.0, 3.1), event(1.0, 1.5), event(2.0, 2.5, **other)],
-        [event(1.2, 1.5), event(2.7, 3.1)],
+        [event(3.0, 3.1, number=1), event(1.0, 1.5), event(2.0, 2.5, **other)],
+        [event(1.2, 1.5), event(2.7, 3.1, number=1)],
         [event(2.1, 2.5, **other)],
     )
     assert len(found.groups) == 2 and found.events["call"].max() == 2
@@ -45,10 +46,17 @@ def test_calls_are_matched_by_their_place_on_the_group() -> None:
     assert of_rank(found, 1, "waiting") == [0.0, 0.3]
 
 
-def test_steps_are_kept_apart() -> None:
-    """A call that one rank made in step 5 is none of step 6."""
-    found = joined([event(1.0, 1.1), event(9.0, 9.1, step=6)], [event(8.9, 9.1, step=6)])
+def test_a_call_that_another_rank_left_out_shifts_no_others() -> None:
+    found = joined([event(1.0, 1.1), event(9.0, 9.1, number=1)], [event(8.9, 9.1, number=1)])
     assert of_rank(found, 0, "waiting") == [0.0, 0.0] and of_rank(found, 1, "waiting") == [0.1]
+
+
+def test_the_expected_name_of_an_axis_goes_first() -> None:
+    """Where the data group is the world, an event may bear either name."""
+    rows, names = packed(
+        [event(1.0, 2.0)], 0, {(Purpose.DENSE_BLOCKS, "all_reduce", (0, 1)): "data"}
+    )
+    assert [kind["axis"] for kind in names["kinds"]] == ["data"] and len(rows) == 1
 
 
 def _sent(

@@ -7,6 +7,7 @@ import pytest
 
 from tests.profiling.made_up import event, joined, two_steps
 from uoe_parallel.analysis.transfer import Transfer
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.profiling.bandwidth import bus_bytes, moved
 from uoe_parallel.profiling.join import Joined
 from uoe_parallel.profiling.summary import (
@@ -22,7 +23,8 @@ from uoe_parallel.profiling.summary import (
 def _of_two_steps() -> list[Row]:
     found, _ = two_steps()
     expected = expected_amounts(
-        [Transfer("dense blocks", "forward", "tensor", "all_reduce", 1, 1000)] for _ in range(2)
+        [Transfer(Purpose.DENSE_BLOCKS, "forward", "tensor", "all_reduce", 1, 1000)]
+        for _ in range(2)
     )
     return summarise(found, 2, expected)
 
@@ -87,11 +89,11 @@ def test_what_was_expected_and_never_came_is_seen() -> None:
 
 def test_expected_amounts_are_of_all_ranks_and_phases() -> None:
     own = [
-        Transfer("stage outputs", "forward", "next_stage", "send", 2, 20),
-        Transfer("dispatch rows", "forward", "tensor", "all_to_all", 1, 10),
-        Transfer("dispatch rows", "backward", "tensor", "all_to_all", 1, 30),
+        Transfer(Purpose.STAGE_OUTPUTS, "forward", "next_stage", "send", 2, 20),
+        Transfer(Purpose.DISPATCH_ROWS, "forward", "tensor", "all_to_all", 1, 10),
+        Transfer(Purpose.DISPATCH_ROWS, "backward", "tensor", "all_to_all", 1, 30),
     ]
-    other = [Transfer("stage outputs", "forward", "previous_stage", "send", 1, 5)]
+    other = [Transfer(Purpose.STAGE_OUTPUTS, "forward", "previous_stage", "send", 1, 5)]
     assert expected_amounts([own, other]) == {
         ("stage outputs", "stages", "send"): Amount(2, 3, 25),
         ("dispatch rows", "tensor", "all_to_all"): Amount(1, 2, 40),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.purposes import Purpose, labelled
 
 
 def rank_in(group: ProcessGroup | None) -> int:
@@ -39,6 +40,10 @@ def gather_json(value: Any, group: ProcessGroup | None) -> list[Any]:
 def gather_bytes(message: Tensor, group: ProcessGroup) -> list[Tensor]:
     """Every rank's `message`, uint8 of any length, in rank order on rank 0; an empty list on the
     others. Collective."""
+    return labelled(Purpose.AGREEMENT, group, _gather, message, group)
+
+
+def _gather(message: Tensor, group: ProcessGroup) -> list[Tensor]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(lengths, torch.tensor([message.numel()]), group=group)
     padded = torch.zeros(max(int(torch.cat(lengths).max()), 1), dtype=torch.uint8)
@@ -56,12 +61,16 @@ def broadcast_json(value: Any, group: ProcessGroup | None) -> Any:
     if group is None:
         return value
     message = _encode(value if group.rank() == 0 else None)
+    return _decode(labelled(Purpose.AGREEMENT, group, _broadcast, message, group))
+
+
+def _broadcast(message: Tensor, group: ProcessGroup) -> Tensor:
     length = torch.tensor([message.numel()])
     dist.broadcast(length, group=group, group_src=0)
     if group.rank() != 0:
         message = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(message, group=group, group_src=0)
-    return _decode(message)
+    return message
 
 
 @contextmanager

@@ -32,7 +32,7 @@ SWEPT_BYTES = tuple(4**power for power in range(5, 14))
 """1 KiB to 64 MiB."""
 SWEPT = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _MEASURED = (*SWEPT, "broadcast", "send")
-LONG = 1.0
+LONG = 0.1
 """Seconds of a call from which a sweep takes no larger ones on that axis."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uoe_parallel.analysis.transfer import Phase
+from uoe_parallel.parallel.purposes import Phase, Purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,18 @@ class Event:
     ranks: tuple[int, ...]
     """Of the group, in its order; of a send, its two ends in order of rank."""
     axis: str
-    """The group's name in `analysis.transfer.group_ranks`; "other" for one that has none."""
-    purpose: str
-    """As `Transfer.purpose`."""
+    """The group's name in `analysis.transfer.group_ranks`; "other" for one that has none. A
+    library's own group bears the name of one of ours of the same ranks: `Transfer`s are compared
+    by ranks."""
+    purpose: Purpose
+    """As `Transfer.purpose`; its `category` groups purposes."""
     phase: Phase
     step: int
     """The training step, from 0; -1 before the first one."""
     number: int
-    """Which call on this group this was since recording began: the same on all its ranks."""
+    """Which call of these ranks this was since recording began, on whichever of the groups that
+    they share: the same on all of them, so (ranks, number) is one collective. Sends and their other
+    ends are counted by direction, which `purpose` tells: (ranks, purpose, number) is one."""
     payload: int
     """Bytes, as `Transfer.payload` counts them."""
     kept: int

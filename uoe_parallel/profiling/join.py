@@ -1,13 +1,12 @@
 """Events of all ranks brought together on rank 0: who waited for whom, and what moved how long.
 
-The same call on all ranks of its group is found by its place among the calls on that group. The
+The same call on all ranks of its group is found by its number among the calls of those ranks. The
 last rank that arrives ends the waiting of the others; what follows is moving.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.transfer import Phase
 from uoe_parallel.parallel.agreement import gather_bytes, gather_json
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.profiling.clock import ClockReading, on_main_clock
 from uoe_parallel.profiling.events import Event
 
@@ -37,7 +37,7 @@ _FOUND = [("rank", "i4"), ("call", "i8"), ("last", "i4")] + [
 ]
 
 
-Axes = Mapping[tuple[str, str, tuple[int, ...]], str]
+Axes = Mapping[tuple[Purpose, str, tuple[int, ...]], str]
 """By purpose, operation and ranks what an axis is called: where two axes have the same ranks, an
 event can't tell which of them a library meant."""
 
@@ -149,19 +149,16 @@ def packed(
     """
     kinds: dict[Kind, int] = {}
     groups: dict[Group, int] = {}
-    calls: defaultdict[tuple[int, int], int] = defaultdict(int)
     of_ranks: dict[tuple[str, tuple[int, ...]], int] = {}
     rows = []
-    for event in sorted(events, key=lambda event: event.started):
+    for event in events:
         axis = (expected or {}).get((event.purpose, event.operation, event.ranks), event.axis)
         kind = kinds.setdefault(Kind.of(event, axis), len(kinds))
         ends = (event.operation if event.operation in ("send", "recv") else "", event.ranks)
         if (group := of_ranks.get(ends)) is None:
             group = groups.setdefault(Group.of(event, rank), len(groups))
             of_ranks[ends] = group
-        number = calls[group, event.step]
-        calls[group, event.step] += 1
-        numbers = (kind, group, event.step, number, event.payload, event.kept)
+        numbers = (kind, group, event.step, event.number, event.payload, event.kept)
         rows.append((*numbers, event.started, event.waited, event.finished, event.ended))
     names = {"kinds": [asdict(kind) for kind in kinds], "groups": [asdict(g) for g in groups]}
     return np.array(rows, dtype=_OWN), names
@@ -194,7 +191,7 @@ def _match(joined: Joined) -> None:
     events = joined.events
     if not len(events):
         return
-    key = ("group", "step", "number")
+    key = ("group", "number")
     events[:] = events[np.lexsort([events["rank"], *(events[name] for name in reversed(key))])]
     new = np.ones(len(events), dtype=bool)
     new[1:] = np.any([events[name][1:] != events[name][:-1] for name in key], axis=0)

@@ -242,7 +242,16 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 _GROUP_HEADER = [
-    *("group", "operation", "BYTES", "GROUPS", "slowest, ranks", "BANDWIDTH", "fastest, ranks", "BANDWIDTH"),
+    *(
+        "group",
+        "operation",
+        "BYTES",
+        "GROUPS",
+        "slowest, ranks",
+        "BANDWIDTH",
+        "fastest, ranks",
+        "BANDWIDTH",
+    ),
 ]
 
 
