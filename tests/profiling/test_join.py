@@ -70,18 +70,18 @@ def _sent(
 
 
 def test_a_send_has_two_ends() -> None:
-    found = _sent((1.0, 1.5), (1.4, 1.6), ("next_stage", "previous_stage"))
+    found = _sent((1.0, 1.5), (1.4, 1.6), ("next_stage", "pipe"))
     assert len(found.groups) == 1 and found.groups[0].name == "0 to 1"
     assert {kind.axis for kind in found.kinds} == {"stages"}
     assert {kind.operation for kind in found.kinds} == {"send"}
     assert of_rank(found, 0, "waiting") == [0.4] and of_rank(found, 1, "waiting") == [0.0]
-    late_sender = _sent((2.0, 2.1), (1.5, 2.2), ("next_stage", "previous_stage"))
+    late_sender = _sent((2.0, 2.1), (1.5, 2.2), ("next_stage", "pipe"))
     assert of_rank(late_sender, 1, "waiting") == [0.5]
 
 
 def test_who_is_done_before_the_other_comes_did_not_wait() -> None:
     """The backend took the message from the sender."""
-    found = _sent((1.0, 1.1), (1.4, 1.6), ("next_stage", "previous_stage"))
+    found = _sent((1.0, 1.1), (1.4, 1.6), ("next_stage", "pipe"))
     assert of_rank(found, 0, "waiting") == [0.0] and of_rank(found, 0, "moving") == [0.1]
 
 

@@ -18,6 +18,7 @@ from uoe_parallel.analysis.transfer import group_ranks
 from uoe_parallel.parallel.agreement import broadcast_json
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.profiling.bandwidth import moved
 from uoe_parallel.profiling.clock import read_clock
@@ -109,7 +110,7 @@ def _results(joined: Joined, sizes: Sequence[Size]) -> list[Alone]:
     events = joined.events[calls.first]
     of: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for place, event in enumerate(events):
-        if event["number"] >= WARMUP:
+        if event["number"] % (WARMUP + TRIALS) >= WARMUP:
             of[int(event["step"]), int(event["group"])].append(place)
     results = []
     for (number, group), places in sorted(of.items()):
@@ -129,21 +130,32 @@ def _results(joined: Joined, sizes: Sequence[Size]) -> list[Alone]:
 @contextmanager
 def _axes(groups: ParallelGroups, wanted: set[str]) -> Iterator[dict[str, ProcessGroup]]:
     """Process groups of this rank by axis. Collective over all ranks."""
-    names = ("world", "tensor", "data", "pipe", "expert", "expert_data")
+    names = ("tensor", "data", "pipe", "expert", "expert_data", "world")
     axes: dict[str, ProcessGroup] = {name: getattr(groups, name) for name in names}
-    made = []
-    # Those that DeepSpeed alone has are made once more, in the same order on every rank.
+    of_ranks = {tuple(dist.get_process_group_ranks(group)): group for group in axes.values()}
+    # DeepSpeed's own, which no one gives away: with few ranks they are like another axis.
     for name in ("model", "tied_stages"):
-        if name in wanted and (ranks := group_ranks(groups).get(name)) is not None:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-            assert isinstance(group, ProcessGroup)
-            axes[name] = group
-            made.append(group)
+        if (same := of_ranks.get(group_ranks(groups).get(name, ()))) is not None:
+            axes[name] = same
+    made: list[ProcessGroup] = []
+    if "tied_stages" in wanted and groups.pipe.size() > 2:
+        for ends in _tied_stages(groups.layout):
+            group = dist.new_group(ends)
+            if groups.rank in ends:
+                assert isinstance(group, ProcessGroup)
+                axes["tied_stages"] = group
+                made.append(group)
     try:
         yield axes
     finally:
         for group in made:
             dist.destroy_process_group(group)
+
+
+def _tied_stages(layout: ParallelLayout) -> list[list[int]]:
+    """First and last rank of every pipeline."""
+    stage = layout.world_size // layout.pipeline
+    return [[rank, rank + layout.world_size - stage] for rank in range(stage)]
 
 
 def _measure(
@@ -160,9 +172,9 @@ def _measure(
         group = axes[size.axis]
         call, payload = _collective(size, group, device)
         ranks = tuple(dist.get_process_group_ranks(group))
-        for _ in range(WARMUP + TRIALS):
+        for trial in range(WARMUP + TRIALS):
             dist.barrier(group)
-            yield _timed(call, size.operation, size.axis, ranks, number, payload, device)
+            yield _timed(call, size.operation, size.axis, ranks, number, trial, payload, device)
 
 
 def _between_stages(
@@ -189,9 +201,9 @@ def _between_stages(
                 else:
                     dist.recv(buffer, group=pipe, group_src=other)
 
-            for _ in range(WARMUP + TRIALS):
+            for trial in range(WARMUP + TRIALS):
                 operation, payload = ("send", 4 * buffer.numel()) if sends else ("recv", 0)
-                yield _timed(call, operation, STAGES, ends, number, payload, device)
+                yield _timed(call, operation, STAGES, ends, number, trial, payload, device)
 
 
 def _collective(
@@ -229,9 +241,11 @@ def _timed(
     axis: str,
     ranks: tuple[int, ...],
     number: int,
+    trial: int,
     payload: int,
     device: Device,
 ) -> Event:
+    """Of size number `number`."""
     device.synchronize()
     started = perf_counter()
     call()
@@ -245,7 +259,7 @@ def _timed(
         purpose=Purpose.MEASUREMENT,
         phase="step",
         step=number,
-        number=0,
+        number=number * (WARMUP + TRIALS) + trial,
         payload=payload,
         kept=kept,
         started=started,

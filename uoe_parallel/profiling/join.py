@@ -51,7 +51,7 @@ class Kind:
     receives: bool
     """Whether this is the end of a send that puts nothing in."""
     axis: str
-    """As `Event.axis`, but `STAGES` for sends between neighbouring stages."""
+    """As `Event.axis`, but `STAGES` for sends, which only neighbouring stages need."""
     purpose: str
     phase: Phase
     is_async: bool
@@ -59,10 +59,11 @@ class Kind:
     @classmethod
     def of(cls, event: Event, axis: str) -> Kind:
         receives = event.operation == "recv"
+        operation = "send" if receives else event.operation
         return cls(
-            operation="send" if receives else event.operation,
+            operation=operation,
             receives=receives,
-            axis=common_axis(axis),
+            axis=common_axis(axis, operation),
             purpose=str(event.purpose),
             phase=event.phase,
             is_async=event.is_async,
@@ -112,9 +113,10 @@ class Joined:
         return values[self.events["kind"]] if self.kinds else values.repeat(len(self.events))
 
 
-def common_axis(axis: str) -> str:
-    """The name of an axis from outside: a pair of stages is next to one and previous to another."""
-    return STAGES if axis in ("next_stage", "previous_stage") else axis
+def common_axis(axis: str, operation: str) -> str:
+    """A name that all ranks of a call use: of a pair of stages each sees the next or the previous
+    one, or with two of them the pipeline."""
+    return STAGES if operation == "send" else axis
 
 
 def gather_events(

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,7 @@ def _profile(
     # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
     from uoe_parallel.profiling.capture import StepCapture, write_shared
     from uoe_parallel.profiling.report import print_profile
+    from uoe_parallel.profiling.watch import Watch
     from uoe_parallel.training.console import TrainingConsole
     from uoe_parallel.training.trainer import Trainer
 
@@ -101,18 +103,19 @@ def _profile(
     capture = StepCapture(
         config, groups, device, recorded=recorded, plain=set(numbers) - recorded, in_turns=True
     )
-    trainer.observers = [capture]
-    while trainer.step < numbers.stop:
-        trainer.train_step()
+    with ExitStack() as around:
+        trainer.observers = [capture]
+        if config.profile.wait_limit is not None:
+            watch = around.enter_context(Watch(groups, config.profile.wait_limit))
+            trainer.observers = [watch, capture]
+        while trainer.step < numbers.stop:
+            trainer.train_step()
     captured = capture.conclude()
     if captured is not None:
         print_profile(captured.profile)
     write_shared(captured, out, groups.world)
     if groups.is_main:
-        print(
-            f"\n{out}: table.txt, profile.json, trace.json (open in ui.perfetto.dev), times.png, "
-            "bandwidth.png"
-        )
+        print(f"\nprofile: {out}")
 
 
 def _sweep(groups: ParallelGroups, device: Device, out: Path) -> None:
@@ -132,7 +135,7 @@ def _sweep(groups: ParallelGroups, device: Device, out: Path) -> None:
             (out / "sweep.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
             write_sweep_chart(alone, out / "sweep.png")
     if groups.is_main and alone:
-        print(f"{out}: sweep.json, sweep.png")
+        print(f"sweep: {out}")
 
 
 def _positive(text: str) -> int:

@@ -20,6 +20,7 @@ from uoe_parallel.profiling.summary import (
     CategoryTime,
     GroupRow,
     Row,
+    Size,
 )
 
 
@@ -90,27 +91,20 @@ def print_sweep(alone: Sequence[Alone], stream: TextIO | None = None) -> None:
     console = _console(stream)
     if not alone:
         console.print("One rank sends nothing.")
-    operations: dict[str, dict[str, None]] = {}
-    slowest: dict[tuple[str, int], dict[str, Alone]] = {}
-    for one in alone:
-        axis, operation, payload = one.size.axis, one.size.operation, one.size.payload
-        operations.setdefault(axis, {})[operation] = None
-        cell = slowest.setdefault((axis, payload), {})
-        if operation not in cell or one.bus_bandwidth < cell[operation].bus_bandwidth:
-            cell[operation] = one
-    for axis, names in operations.items():
-        columns = [f"{name}, {figure}" for name in names for figure in ("ms", "bandwidth")]
-        rows = [
-            [in_bytes(payload), *(cell for name in names for cell in _timing(found.get(name)))]
-            for (of, payload), found in slowest.items()
-            if of == axis
-        ]
-        title = f"Alone on all {axis} groups at once: the slowest group's bus bandwidth"
-        console.print(_table(title, ["BYTES", *(c.upper() for c in columns)], rows), "")
-
-
-def _timing(one: Alone | None) -> tuple[str, str]:
-    return ("", "") if one is None else (_ms(one.seconds), _rate(one.bus_bandwidth))
+    slowest: dict[Size, Alone] = {}
+    for one in sorted(alone, key=lambda one: -one.bus_bandwidth):
+        slowest[one.size] = one
+    for axis in dict.fromkeys(one.size.axis for one in alone):
+        mine = {(o.size.operation, o.size.payload): o for o in alone if o.size.axis == axis}
+        operations = dict.fromkeys(operation for operation, _ in mine)
+        rows = []
+        for payload in sorted({payload for _, payload in mine}):
+            found = (slowest.get(Size(axis, operation, payload)) for operation in operations)
+            cells = (_rate(one.bus_bandwidth) if one else "" for one in found)
+            rows.append([in_bytes(payload), *cells])
+        title = f"Bus bandwidth alone, of the slowest of all {axis} groups at once"
+        header = ["BYTES", *(operation.upper() for operation in operations)]
+        console.print(_table(title, header, rows), "")
 
 
 def _console(stream: TextIO | None) -> Console:
@@ -198,8 +192,8 @@ def _cells(row: Row) -> list[str]:
         f"  {row.purpose}",
         row.axis,
         row.operation,
-        f"{measured.calls / measured.ranks:,.4g}" if measured else "0",
-        in_bytes(measured.payload / measured.ranks) if measured else "0 B",
+        f"{measured.calls_each:,.4g}" if measured else "0",
+        in_bytes(measured.payload_each) if measured else "0 B",
         _expected(row),
         _ms(row.seconds),
         _share(row.waiting, row.seconds),
@@ -217,10 +211,10 @@ def _expected(row: Row) -> str:
     if row.expected is None:
         return "none"
     measured, expected = row.measured, row.expected
-    each = in_bytes(expected.payload / expected.ranks)
+    each = in_bytes(expected.payload_each)
     if measured is None or measured.calls == expected.calls:
         return each
-    return f"{each} in {expected.calls / expected.ranks:,.4g}"
+    return f"{each} in {expected.calls_each:,.4g}"
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:

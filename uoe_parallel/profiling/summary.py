@@ -41,6 +41,15 @@ class Amount:
     payload: float
     """Bytes."""
 
+    @property
+    def calls_each(self) -> float:
+        """Of a rank, on average."""
+        return self.calls / max(self.ranks, 1)
+
+    @property
+    def payload_each(self) -> float:
+        return self.payload / max(self.ranks, 1)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -136,7 +145,11 @@ def expected_amounts(by_rank: Iterable[Iterable[Transfer]]) -> dict[Key, Amount]
     for transfers in by_rank:
         own: dict[Key, tuple[int, int]] = {}
         for transfer in transfers:
-            key = (str(transfer.purpose), common_axis(transfer.group), transfer.operation)
+            key = (
+                str(transfer.purpose),
+                common_axis(transfer.group, transfer.operation),
+                transfer.operation,
+            )
             calls, payload = own.get(key, (0, 0))
             own[key] = calls + transfer.calls, payload + transfer.payload
         for key, (calls, payload) in own.items():
