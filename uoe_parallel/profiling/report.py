@@ -102,9 +102,10 @@ def print_sweep(alone: Sequence[Alone], stream: TextIO | None = None) -> None:
             found = (slowest.get(Size(axis, operation, payload)) for operation in operations)
             cells = (_rate(one.bus_bandwidth) if one else "" for one in found)
             rows.append([in_bytes(payload), *cells])
-        title = f"Bus bandwidth alone, of the slowest of all {axis} groups at once"
+        # Not as the table's title, which rich would wrap to its width.
+        console.out(f"Alone on all {axis} groups at once: the slowest group's bus bandwidth")
         header = ["BYTES", *(operation.upper() for operation in operations)]
-        console.print(_table(title, header, rows), "")
+        console.print(_table(None, header, rows), "")
 
 
 def _console(stream: TextIO | None) -> Console:
@@ -118,7 +119,7 @@ def _console(stream: TextIO | None) -> Console:
     )
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(title: str | None, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """`header`: titles of columns, those of numbers in capitals."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in header:
@@ -266,8 +267,8 @@ def _unequal_groups(alone: Iterable[Alone]) -> list[list[str]]:
 
 
 def _ms(seconds: float) -> str:
-    """Three digits, as many as matter."""
-    milliseconds = 1e3 * seconds
+    """With about three digits."""
+    milliseconds = float(f"{1e3 * seconds:.3g}") if seconds < 1 else 1e3 * seconds
     digits = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
     return f"{milliseconds:,.{digits}f}"
 
