@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,9 +14,11 @@ from tests.analysis.work_cases import recorded
 from tests.model.cases import build_model, random_tokens, start
 from uoe_parallel.analysis.flop_counter import flop_counter
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
-from uoe_parallel.analysis.simulate import build_stage
+from uoe_parallel.analysis.simulate import build_stage, simulated_groups
+from uoe_parallel.analysis.work import expected_work
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.parallel.device import use_device
+from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.trainer import Trainer
 
@@ -61,8 +66,40 @@ def step_of_a_trainer(config: RunConfig) -> tuple[int, list[Computation]]:
 
 
 def _counted(phase: str, counter: FlopCounterMode) -> Flops:
+    return _by_kind(phase, counter.get_flop_counts()["Global"])
+
+
+def _by_kind(phase: str, counts: Mapping[Any, int]) -> Flops:
     flops: Flops = defaultdict(int)
-    for operator, count in counter.get_flop_counts()["Global"].items():
+    for operator, count in counts.items():
         scores = "attention" in str(operator) or "bmm" in str(operator)
         flops[phase, "attention" if scores else "products"] += count
     return dict(flops)
+
+
+def forward_by_module(config: RunConfig) -> dict[str, Flops]:
+    """Counted in the forward pass of one micro-batch, by the name of each module."""
+    groups = start(config)
+    model = build_model(config, groups)
+    tokens = random_tokens(config, seed=groups.data_rank)[: config.training.micro_batch_size]
+    with flop_counter() as counter:
+        model(tokens, tokens.roll(-1, 1))
+    return {name: _by_kind("forward", counts) for name, counts in counter.get_flop_counts().items()}
+
+
+def expected_flops(config: RunConfig, world_size: int) -> list[list[Computation]]:
+    """Of each rank of a world, by kernels that don't pad."""
+    dist.destroy_process_group()
+    layout, computed = ParallelLayout.from_config(config.parallel, world_size), []
+    for rank in range(world_size):
+        with simulated_groups(layout, rank) as groups:
+            stage = build_stage(config, groups)
+            work = expected_work(stage, config)
+            computed.append(micro_batch_flops(stage, config, work, pads=False))
+    return computed
+
+
+def parameter_sizes(config: RunConfig) -> dict[str, int]:
+    """Elements of each parameter, by name."""
+    stage = build_stage(config, start(config))
+    return {name: param.numel() for name, param in stage.named_parameters()}

@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.analysis.flop_cases import Flops, pass_of_a_model, step_of_a_trainer
+from tests.analysis.flop_cases import (
+    Flops,
+    forward_by_module,
+    pass_of_a_model,
+    step_of_a_trainer,
+)
 from tests.harness import Ranks
 from tests.tiny import tiny_config, write_corpus
 from uoe_parallel.analysis.flop_counter import flop_counter
@@ -158,6 +163,27 @@ def test_steps_of_pipeline_stages(ranks: Ranks, tmp_path: Path, recompute: str) 
         assert sum(c.flops for c in computed) == counted
         heads.append(any(c.purpose == "head" for c in computed))
     assert heads == [False, True]
+
+
+def test_purposes(ranks: Ranks) -> None:
+    """By the modules that multiply."""
+    config = tiny_config(feed_forward={"routed_layers": [0]}, attention={"routed_layers": [1]})
+    [(_, computed)] = ranks(1).run(pass_of_a_model, config)
+    [by_module] = ranks(1).run(forward_by_module, config)
+
+    def counted(ending: str, kind: str = "products") -> int:
+        ends = (n for name, n in by_module.items() if name.endswith(ending))
+        return sum(flops.get(("forward", kind), 0) for flops in ends)
+
+    forward = {c.purpose: c.flops for c in computed if c.phase == "forward"}
+    assert forward.pop("head") == counted(".head")
+    assert forward.pop("experts") == counted(".feed_forward.experts")
+    assert forward.pop("attention projections") == counted(".attention.experts")
+    assert forward.pop("attention") == counted(".attention.experts", "attention")
+    tokens = 32
+    assert forward.pop("routing statistics") == 2 * tokens * (8**2 + 4**2)
+    assert forward.pop("routers") == 2 * tokens * 32 * (8 + 4)
+    assert forward == {}
 
 
 LENGTHS = {
