@@ -18,7 +18,7 @@ SLEEPING, STOPPED = 1, 2
 
 def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
     # More than the ranks of a tiny run wait for each other on a busy machine.
-    config = write_run(tmp_path, training={"global_batch_size": 6}, profile={"wait_limit": 4})
+    config = write_run(tmp_path, training={"global_batch_size": 6}, profile={"wait_limit": 5})
     port = _free_port()
     processes = [_start(rank, config, port) for rank in range(3)]
     try:
@@ -32,7 +32,7 @@ def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
     report, nothing = ([line for line in err.splitlines() if "uoe-" in line] for err in complaints)
     assert nothing == []
     assert report == [
-        "uoe-pretrain: rank 0 has waited longer than profile.wait_limit, 4 s, in all_reduce for "
+        "uoe-pretrain: rank 0 has waited longer than profile.wait_limit, 5 s, in all_reduce for "
         "smallest and largest token (step) over ranks 0, 1, 2 of the data group, in step 1. Not "
         "there: rank 1, which is in code of its own; rank 2, which does not answer: stopped or gone"
     ]

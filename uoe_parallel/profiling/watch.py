@@ -61,7 +61,7 @@ class Watch(Interception):
         super().__init__(groups)
         self._rank, self._world = groups.rank, groups.layout.world_size
         self._limit = limit
-        self._tick = min(limit / 4, 1.0)
+        self._tick = min(limit / 8, 1.0)
         """Seconds between two looks."""
         self._has_streams = torch.cuda.is_available()
         self._reached: dict[tuple[int, ...] | str, int] = defaultdict(int)
