@@ -1,7 +1,5 @@
-"""The program, of which one rank does not come to its second step: `hanging.py HOW CONFIG`.
-
-With HOW "sleeps" it is in Python for ever, with "stops" its process is stopped.
-"""
+"""The program, of which two ranks do not come to the second step: rank 1 is in Python for ever, and
+rank 2 is stopped. Its argument is the config."""
 
 from __future__ import annotations
 
@@ -14,15 +12,14 @@ from typing import Any
 from uoe_parallel.pretrain import main
 
 
-def _hang(how: str) -> None:
+def _hang(rank: int) -> None:
     from uoe_parallel.training.trainer import Trainer
 
     take_step: Any = Trainer.train_step
 
     def train_step(trainer: Trainer) -> object:
         if trainer.step == 1:
-            print(f"process {os.getpid()} hangs", flush=True)
-            if how == "stops":
+            if rank == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
             while True:
                 time.sleep(1)
@@ -32,6 +29,6 @@ def _hang(how: str) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1":
-        _hang(sys.argv[1])
-    sys.exit(main(["--config", sys.argv[2]]))
+    if os.environ["RANK"] != "0":
+        _hang(int(os.environ["RANK"]))
+    sys.exit(main(["--config", sys.argv[1]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -22,6 +24,10 @@ from uoe_parallel.parallel.groups import ParallelGroups
 
 HANG_EXIT_CODE = 3
 _VERDICT = "verdict"
+_LOOKS = 3
+"""Ticks between a first and a second look at who is missing."""
+_States = Mapping[int, dict[str, Any]]
+"""By rank, what it told of itself last."""
 
 
 @dataclass(slots=True)
@@ -31,7 +37,10 @@ class _Wait:
     call: Call
     number: int
     """Which one of its ranks, or of its direction, it is."""
-    since: float | None = None
+    since: float = 0.0
+    """Seconds of `time.monotonic`."""
+    work: Any = None
+    """Where it is a stream that waits for it and not its caller."""
 
     def __str__(self) -> str:
         call, ranks = self.call, ", ".join(map(str, self.call.ranks))
@@ -52,11 +61,12 @@ class Watch(Interception):
         super().__init__(groups)
         self._rank, self._world = groups.rank, groups.layout.world_size
         self._limit = limit
-        self._tick = min(limit / 4, 1.0)
+        self._tick = min(limit / 8, 1.0)
         """Seconds between two looks."""
+        self._has_streams = torch.cuda.is_available()
         self._reached: dict[tuple[int, ...] | str, int] = defaultdict(int)
         self._waiting: _Wait | None = None
-        self._step: int | None = None
+        self._place = "before the first step"
         self._closed, self._ending = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._look, self._give_up)
@@ -65,19 +75,27 @@ class Watch(Interception):
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """As `StepObserver`."""
-        self._step = number
+        self._place = f"in step {number}"
         yield
+        self._place = f"after step {number}"
 
     def called(self, call: Call) -> _Wait:
         self._reached[call.way] += 1
         return _Wait(call, self._reached[call.way])
 
+    def launched(self, note: _Wait, work: Any) -> None:
+        if self._has_streams:
+            note.work = work
+
     def waits(self, note: _Wait) -> None:
-        note.since = time.monotonic()
-        self._waiting = note
+        before = self._waiting
+        if before is None or before.work is None or before.work.is_completed():
+            note.since = time.monotonic()
+            self._waiting = note
 
     def waited(self, note: _Wait) -> None:
-        self._waiting = None
+        if note.work is None:
+            self._waiting = None
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -95,49 +113,52 @@ class Watch(Interception):
             # A rank that the verdict has ended breaks others' connections: they are to end by it.
             self._ending.wait(3 * self._tick)
         if self._ending.is_set():
-            self._threads[0].join()
+            self._threads[0].join()  # which ends the process
         self._closed.set()
         super().__exit__(kind, error, trace)
 
     def _look(self) -> None:
         default: Any = _get_default_store()  # its `clone` is not declared
         store = PrefixStore("uoe_parallel/watch", default.clone())
-        beat = 0
-        while not self._closed.wait(self._tick):
-            beat += 1
-            store.set(str(self._rank), json.dumps(self._state(beat)))
-            if store.check([_VERDICT]):
-                self._end()
-            if (late := self._late()) is None:
-                continue
-            before = self._states(store, late.call.ranks)
-            # One that has arrived just now says so in the meantime, and then nobody waits.
-            if self._closed.wait(2 * self._tick) or self._late() is not late:
-                continue
-            report = self._report(late, before, self._states(store, late.call.ranks))
-            if store.add("reporters", 1) == 1:
-                _say(report)
-                store.set(_VERDICT, str(self._rank))
-            self._end()
+        suspected: tuple[_Wait, int, _States] | None = None
+        for beat in itertools.count():
+            if self._closed.wait(self._tick):
+                return
+            try:
+                store.set(str(self._rank), json.dumps(self._state(beat)))
+                if store.check([_VERDICT]):
+                    self._end()
+                if (late := self._late()) is None:
+                    suspected = None
+                elif suspected is None or suspected[0] is not late:
+                    # Who has arrived just now will have told when it is looked at again.
+                    suspected = (late, beat, self._states(store, late.call.ranks))
+                elif beat - suspected[1] >= _LOOKS:
+                    report = self._report(late, suspected[2], self._states(store, late.call.ranks))
+                    if store.add("reporters", 1) == 1:
+                        _say(report)
+                        store.set(_VERDICT, str(self._rank))
+                    self._end()
+            except RuntimeError:  # the process that keeps the store has gone, or closes
+                return
 
     def _give_up(self) -> None:
-        """Where the store does not answer, which may be a process that is stopped or gone."""
-        late: _Wait | None = None
-        while not self._closed.wait(self._limit + 8 * self._tick):
-            if late is not None and self._late() is late and not self._ending.is_set():
+        """Where the store does not answer, whose process may be what is stopped or gone."""
+        while not self._closed.wait(self._tick):
+            late = self._late(grace=3 * _LOOKS * self._tick)
+            if late is not None and not self._ending.is_set():
                 _say(
                     f"rank {self._rank} {self._told(late)} Nobody can say who is missing: ranks "
                     "don't reach their store, whose process may be stopped or gone"
                 )
                 os._exit(HANG_EXIT_CODE)
-            late = self._late()
 
-    def _late(self) -> _Wait | None:
-        """What waits beyond the limit."""
+    def _late(self, grace: float = 0.0) -> _Wait | None:
+        """What waits beyond the limit, and `grace` seconds more."""
         wait = self._waiting
-        if wait is None or wait.since is None or time.monotonic() - wait.since < self._limit:
+        if wait is None or time.monotonic() - wait.since < self._limit + grace:
             return None
-        return wait
+        return None if wait.work is not None and wait.work.is_completed() else wait
 
     def _state(self, beat: int) -> dict[str, Any]:
         """How far this rank has come, and what it does."""
@@ -146,17 +167,12 @@ class Watch(Interception):
         reached = {str(way): count for way, count in self._reached.copy().items()}
         return {"beat": beat, "reached": reached, "doing": doing}
 
-    def _states(self, store: Store, ranks: tuple[int, ...]) -> dict[int, dict[str, Any]]:
+    def _states(self, store: Store, ranks: tuple[int, ...]) -> _States:
         """What is known of those of `ranks` that have told."""
         told = (rank for rank in ranks if store.check([str(rank)]))
         return {rank: json.loads(store.get(str(rank))) for rank in told}
 
-    def _report(
-        self,
-        late: _Wait,
-        before: Mapping[int, dict[str, Any]],
-        now: Mapping[int, dict[str, Any]],
-    ) -> str:
+    def _report(self, late: _Wait, before: _States, now: _States) -> str:
         way = str(late.call.way)
         missing = []
         for rank in late.call.ranks:
@@ -171,10 +187,9 @@ class Watch(Interception):
 
     def _told(self, late: _Wait) -> str:
         axis = self.naming.axis(late.call.group, late.call.ranks)
-        when = "before the first step" if self._step is None else f"in or after step {self._step}"
         return (
             f"has waited longer than profile.wait_limit, {self._limit:g} s, in {late} of the "
-            f"{axis} group, {when}."
+            f"{axis} group, {self._place}."
         )
 
     def _end(self) -> None:
