@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from uoe_parallel.benchmark.plots import STYLE
 from uoe_parallel.profiling.alone import Alone
 from uoe_parallel.profiling.report import Profile, in_bytes_per_second
+from uoe_parallel.profiling.style import STYLE
 from uoe_parallel.profiling.summary import Row
 
 COLOURS = {
@@ -116,7 +116,7 @@ def draw_bandwidth(rows: Sequence[Row], alone: Sequence[Alone]) -> Figure:
             ends = [row.bus_bandwidth, row.alone_bandwidth]
             plot.plot([row.typical_payload] * 2, ends, color=colour, lw=0.8, alpha=0.6, zorder=1)
         operations[row.operation] = None
-    _scales(plot)
+    _scales(plot, 4)
     handles: list[Any] = [
         *(Patch(facecolor=colour, label=f"{name} groups") for name, colour in colours.items()),
         *(_mark(MARKERS[name], name, full=True) for name in operations),
@@ -143,7 +143,7 @@ def draw_sweep(alone: Sequence[Alone]) -> Figure:
             if points:
                 colour = f"C{names.index(name)}"
                 panel.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=name)
-        _scales(panel)
+        _scales(panel, 16)
         panel.set_title(operation)
         panel.label_outer()
     handles = [
@@ -168,10 +168,11 @@ def _mark(marker: str, label: str, *, full: bool) -> Line2D:
     return Line2D([], [], ls="", marker=marker, mfc=face, mec="0.3", label=label)
 
 
-def _scales(plot: Axes) -> None:
+def _scales(plot: Axes, between: int) -> None:
+    """`between`: how many times a marked size is the one before."""
     plot.set_xscale("log", base=2)
     plot.set_yscale("log")
-    plot.xaxis.set_major_locator(LogLocator(base=4, numticks=12))
+    plot.xaxis.set_major_locator(LogLocator(base=between, numticks=12))
     plot.xaxis.set_major_formatter(FuncFormatter(_bytes))
     plot.xaxis.set_minor_locator(NullLocator())
     plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes_per_second(value)))
