@@ -178,28 +178,34 @@ def category_times(joined: Joined, steps: int, world_size: int) -> list[Category
 
 def group_rows(joined: Joined, steps: int) -> list[GroupRow]:
     """Of every group by itself, which may show one slow link among many."""
-    calls = moved(joined)
-    events, operations, axes = joined.events, joined.of_kind("operation"), joined.of_kind("axis")
+    calls, events = moved(joined), joined.events
+    operations = list(dict.fromkeys(kind.operation for kind in joined.kinds))
+    of_kind = np.array([operations.index(kind.operation) for kind in joined.kinds], dtype=int)
+    # One number for a group with an operation: there may be thousands of groups.
+    key = events["group"] * len(operations) + of_kind[events["kind"]]
+    keys, first, place = np.unique(key, return_index=True, return_inverse=True)
+
+    def sums(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return np.bincount(places, values, len(keys))
+
+    number = np.bincount(place, minlength=len(keys))
+    waiting, moving = (sums(events[field], place) for field in ("waiting", "moving"))
+    bus, seconds = (sums(of, place[calls.first]) for of in (calls.bus, calls.seconds))
     rows = []
-    for number, group in enumerate(joined.groups):
-        in_group = events["group"] == number
-        for operation, axis in dict.fromkeys(
-            zip(operations[in_group], axes[in_group], strict=True)
-        ):
-            mine = in_group & (operations == operation)
-            own, shares = events[mine], mine[calls.first]
-            share = 1 / (steps * len(np.unique(own["rank"])))
-            rows.append(
-                GroupRow(
-                    axis=str(axis),
-                    ranks=group.name,
-                    operation=str(operation),
-                    calls=len(own) * share,
-                    waiting=float(own["waiting"].sum()) * share,
-                    moving=float(own["moving"].sum()) * share,
-                    bus_bandwidth=_rate(calls.bus[shares], calls.seconds[shares]),
-                )
+    for n, event in enumerate(events[first]):
+        group, kind = joined.groups[event["group"]], joined.kinds[event["kind"]]
+        share = 1 / (steps * group.size)
+        rows.append(
+            GroupRow(
+                axis=kind.axis,
+                ranks=group.name,
+                operation=kind.operation,
+                calls=float(number[n]) * share,
+                waiting=float(waiting[n]) * share,
+                moving=float(moving[n]) * share,
+                bus_bandwidth=_rate(bus[n], seconds[n]),
             )
+        )
     return sorted(rows, key=lambda row: (row.axis, row.operation, -row.moving))
 
 
@@ -219,6 +225,7 @@ def _measured(joined: Joined, calls: Calls, mine: np.ndarray, steps: int) -> dic
     by_rank = np.bincount(events["rank"], events["ended"] - events["started"])[ranks] / steps
     late = np.bincount(events["last"], events["waiting"]) / steps
     share = 1 / (steps * len(ranks))
+    seconds = calls.seconds[of_row].sum()
     return {
         "measured": Amount(
             ranks=len(np.unique(puts_in["rank"])),
@@ -233,8 +240,8 @@ def _measured(joined: Joined, calls: Calls, mine: np.ndarray, steps: int) -> dic
         "late_rank": int(late.argmax()) if late.any() else None,
         "late_seconds": float(late.max()),
         "typical_payload": _middle(puts_in["payload"]),
-        "algorithm_bandwidth": _rate(calls.payload[of_row], calls.seconds[of_row]),
-        "bus_bandwidth": _rate(calls.bus[of_row], calls.seconds[of_row]),
+        "algorithm_bandwidth": _rate(calls.payload[of_row].sum(), seconds),
+        "bus_bandwidth": _rate(calls.bus[of_row].sum(), seconds),
     }
 
 
@@ -244,6 +251,5 @@ def _middle(values: np.ndarray) -> int:
     return int(values[len(values) // 2]) if len(values) else 0
 
 
-def _rate(amount: np.ndarray, seconds: np.ndarray) -> float | None:
-    total, time = float(amount.sum()), float(seconds.sum())
-    return total / time if total > 0 and time > 0 else None
+def _rate(amount: float, seconds: float) -> float | None:
+    return float(amount / seconds) if amount > 0 and seconds > 0 else None
