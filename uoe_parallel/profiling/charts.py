@@ -45,7 +45,7 @@ def write_profile_charts(profile: Profile, folder: Path) -> None:
     """PNG files; raises OSError."""
     with mpl.rc_context(STYLE):
         draw_times(profile).savefig(folder / "times.png")
-        draw_bandwidth(profile.rows, profile.alone).savefig(folder / "bandwidth.png")
+        draw_bandwidth(profile.rows).savefig(folder / "bandwidth.png")
 
 
 def write_sweep_chart(alone: Sequence[Alone], path: Path) -> None:
@@ -95,18 +95,13 @@ def _bars(axes: Axes, base: np.ndarray, top: np.ndarray, colour: str, hatch: str
     axes.stairs(high, edges, baseline=low, fill=True, **style)
 
 
-def draw_bandwidth(rows: Sequence[Row], alone: Sequence[Alone]) -> Figure:
-    """Bus bandwidth over payload of a call: in the step full, alone hollow or as lines."""
+def draw_bandwidth(rows: Sequence[Row]) -> Figure:
+    """Bus bandwidth over payload of a call: in the step full, alone hollow."""
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     plot = figure.subplots()
-    axes_names = dict.fromkeys([*(row.axis for row in rows), *(one.size.axis for one in alone)])
-    colours = {name: f"C{number}" for number, name in enumerate(axes_names)}
+    names = dict.fromkeys(row.axis for row in rows)
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
     operations: dict[str, None] = {}
-    for one in _slowest(alone):
-        colour, marker = colours[one.size.axis], MARKERS[one.size.operation]
-        point = (one.size.payload, one.bus_bandwidth)
-        plot.plot(*point, marker, mfc="none", mec=colour, ms=8, mew=1.3, alpha=0.7, zorder=2)
-        operations[one.size.operation] = None
     for row in rows:
         if row.bus_bandwidth is None or row.operation not in MARKERS:
             continue
@@ -115,6 +110,8 @@ def draw_bandwidth(rows: Sequence[Row], alone: Sequence[Alone]) -> Figure:
         if row.alone_bandwidth is not None:
             ends = [row.bus_bandwidth, row.alone_bandwidth]
             plot.plot([row.typical_payload] * 2, ends, color=colour, lw=0.8, alpha=0.6, zorder=1)
+            hollow = {"mfc": "none", "mec": colour, "ms": 8, "mew": 1.3, "alpha": 0.7}
+            plot.plot(row.typical_payload, row.alone_bandwidth, marker, **hollow)
         operations[row.operation] = None
     _scales(plot, 4)
     handles: list[Any] = [
