@@ -152,7 +152,10 @@ def test_peak(ranks: Ranks, tmp_path: Path, name: str) -> None:
     work = [step.work for step in steps]
     (predicted,) = ranks(1).run(predict, config, world, work)
     for step, memory in zip(steps, predicted, strict=True):
-        print(f"\nRATIO {name:22} {memory.peak / step.peak:.3f} {step.peak / 1e6:.2f} {memory.moment} ", {k: round(v / 1e6, 2) for k, v in vars(memory).items() if k != "moment"})
+        print(
+            f"\nRATIO {name:22} {memory.peak / step.peak:.3f} {step.peak / 1e6:.2f} {memory.moment} ",
+            {k: round(v / 1e6, 2) for k, v in vars(memory).items() if k != "moment"},
+        )
         assert 0.9 < memory.peak / step.peak < 1.1
 
 

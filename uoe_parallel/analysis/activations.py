@@ -203,7 +203,7 @@ class Activations:
         dropped = tokens * width * (1 if self.on_cuda else self.element)
         dropped = dropped if self.config.model.dropout > 0 else 0
         normed = Bytes(activations=factors)
-        working = Bytes(working=self.shard + 4 * tokens * width * self.precise)
+        working = Bytes(working=self.shard) + self._norm_backward()
         before = Part(normed, normed + working, [Point(normed + working, norm)], norm)
         result = Bytes(activations=self.shard + dropped)
         after = Part(result, result)
@@ -211,6 +211,13 @@ class Activations:
         carried = Bytes(working=self.shard)
         points = [replace(p, held=p.held + carried) for p in block.points]
         return joined([before, replace(block, points=points), after])
+
+    def _norm_backward(self) -> Bytes:
+        """What a norm's gradient takes: torch's on a CPU is that of one operation after the other,
+        each with a result of its own."""
+        return Bytes(
+            working=(2 if self.on_cuda else 5) * self.own_tokens * self.width * self.precise
+        )
 
     def _block(self, name: str, block: DenseBlock) -> Part:
         """With what it keeps of its input."""
@@ -233,6 +240,8 @@ class Activations:
         whole = self.tokens * self.row
         fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
         act = 3 if experts.gated else 2
+        if self.recompute == "selective":  # its result, and that of the pass before
+            act += 2
         inner = hidden + active * (2 if experts.gated else 1)
         points = [
             Point(_held(inner, whole + active), fc2),
@@ -328,7 +337,7 @@ class Activations:
         chunk = self._chunk(work, experts.fc1.num_local_slices)
         fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
         points = [
-            Point(_held(kept, rows + chunk + active), fc2),
+            Point(_held(kept, rows + chunk + 2 * active), fc2),
             Point(_held(copies + hidden, (6 if experts.gated else 3) * active), (), fc2),
             Point(_held(copies, hidden), fc1, fc2),
             Point(_held(0, copies + rows), (), (*fc1, *fc2)),
@@ -351,7 +360,7 @@ class Activations:
         inner = attention.kept + keys
         kept = inner + 2 * queries
         points = [
-            Point(_held(kept, rows + chunk + queries), output),
+            Point(_held(kept, rows + chunk + 2 * queries), output),
             Point(_held(kept, 3 * queries), (), output),
             Point(_held(kept - queries, queries + attention.backward), (), output),
             Point(_held(keys, 3 * projected), (), output),
@@ -397,8 +406,9 @@ class Activations:
         own = Bytes(activations=self.own_tokens * (self.row + self.precise))
         if not self.on_cuda:
             own += Bytes(activations=self.own_tokens * self.width * self.precise)
+        of_norm = Point(own + self._norm_backward(), list(norm.parameters()), [*head.parameters()])
         if not isinstance(head, VocabularyHead):
-            return Part(own, own, [Point(own)], [*norm.parameters(), *head.parameters()])
+            return Part(own, own, [of_norm], [*norm.parameters(), *head.parameters()])
         size = self.tokens * head.logits.output_size_per_partition
         logits = size * self.precise
         cast = size * self.element if self.element != self.precise else 0
@@ -406,7 +416,8 @@ class Activations:
         back = Bytes(working=cast + self.tokens * self.row)
         own_params = list(head.parameters())
         params = [*norm.parameters(), *own_params]
-        return Part(held, held + Bytes(working=cast), [Point(held + back, own_params)], params)
+        points = [Point(held + back, own_params), of_norm]
+        return Part(held, held + Bytes(working=cast), points, params)
 
 
 def _held(kept: int, working: int) -> Bytes:
