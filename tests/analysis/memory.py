@@ -53,8 +53,11 @@ def watched_steps(config: RunConfig) -> list[RealStep]:
 
 
 def _peaks(profiler: profile) -> list[int]:
-    """Of what lives at a time, in each watched step. Frees are not all seen: other threads, such as gloo's, may be the
-    last to hold a message. What lies where something else is allocated has been freed."""
+    """Of what lives at a time, in each watched step.
+
+    Frees are not all seen: another thread, such as gloo's, may be the last to hold a message. What
+    lies where something else is allocated has been freed.
+    """
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     todo: list[Any] = profiler.profiler.kineto_results.experimental_event_tree()
     changes: list[tuple[int, int, int]] = []

@@ -40,6 +40,8 @@ class StepBuffers(StateRules):
         self.params = list(model.parameters())
         self.size = _size(self.params)
         self.largest = max(param.numel() for param in self.params)
+        self.own = {param for group in self.parameter_groups for param in self.touched(group)}
+        """Parameters of which ZeRO 1 and 2 have something step here."""
         self.bucket = self._bucket()
         gathered = most_gathered(self) if self.stage == 3 else (0, 0)
         self.gathered_forward, self.gathered_backward = (self.element * n for n in gathered)
@@ -64,11 +66,12 @@ class StepBuffers(StateRules):
             return Held(self._before() + self.element * (here + new), 4 * new)
         of_new = self.element * (new + self._waiting(made))
         is_full = here + new > self.zero.reduce_bucket_size
-        buffers = self.bucket + (self._sent() if is_full else 0)
+        buffers = self.bucket + (self._sent() if is_full and making else 0)
         if self.stage == 3:
             return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
         if self.stage == 2:
-            return Held((self._reduced() if here else self._before()) + of_new, buffers)
+            has_own = not self.own.isdisjoint(made)
+            return Held((self._reduced() if has_own else self._before()) + of_new, buffers)
         sums = self.size if self.is_accumulated else here
         return Held(self.element * (sums + new), self.bucket if here else 0)
 
@@ -102,7 +105,7 @@ class StepBuffers(StateRules):
 
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
-        return sum(map(self.touched, self.parameter_groups))
+        return _size(self.own)
 
     def _waiting(self, made: Sequence[nn.Parameter]) -> int:
         """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
