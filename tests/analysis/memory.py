@@ -12,16 +12,19 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.model.cases import start
+from tests.model.cases import build_model, random_tokens, start
+from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.memory import StepMemory, step_memory
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.work import BlockWork, Workload
+from uoe_parallel.benchmark.allocations import kept_for_backward, storage_bytes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.dispatch import dispatcher
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.training.console import TrainingConsole
+from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.trainer import Trainer
 
 _WATCHED = "the step that is watched"
@@ -134,3 +137,17 @@ def predict(config: RunConfig, works: list[list[Workload]]) -> list[list[StepMem
             model = build_stage(config, groups)
             predicted.append([step_memory(model, config, w, on_cuda=False) for w in steps])
     return predicted
+
+
+def kept_bytes(config: RunConfig) -> tuple[int, int]:
+    """Of a forward pass on one rank: what autograd keeps, and what is computed."""
+    groups = start(config)
+    model = build_model(config, groups, DTYPES[config.training.precision])
+    tokens = random_tokens(config)[: config.training.micro_batch_size]
+    with kept_for_backward() as kept, _recorded_work() as recorded:
+        loss = model(tokens, tokens)
+    saved = storage_bytes(kept, besides=[tokens, *model.parameters()])
+    del loss
+    work = dict(zip(model.routed_blocks(), recorded, strict=True))
+    stage = Activations(model, config, work, on_cuda=False).stage()
+    return saved, stage.kept.total

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.analysis.memory import predict, watched_steps
+from tests.analysis.memory import kept_bytes, predict, watched_steps
 from tests.harness import Ranks
 from tests.tiny import tiny_config, write_corpus
 from uoe_parallel.config.schema import RunConfig
@@ -166,6 +166,14 @@ def test_peak_is_that_of_a_real_step(ranks: Ranks, tmp_path: Path, name: str) ->
         ratios = [m.peak / step.peak for step, m in zip(steps, memories, strict=True)]
         print("RATIO", name, *(f"{r:.3f}" for r in ratios), memories[0])
         assert 0.9 < max(ratios) < 1.1
+
+
+@pytest.mark.parametrize("name", ["dense", "dense gelu", "one", "queries", "bidirectional"])
+def test_kept_is_what_autograd_keeps(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    _, sections = CASES[name]
+    ((saved, computed),) = ranks(1).run(kept_bytes, _config(tmp_path, sections))
+    print("KEPT", name, saved, computed, computed / saved)
+    assert abs(computed - saved) < 0.02 * saved
 
 
 def _config(tmp_path: Path, sections: dict[str, Any]) -> RunConfig:

@@ -104,7 +104,8 @@ class Activations:
                 for block, norm in zip(blocks, norms, strict=True)
             ]
             if layer.recompute:
-                yield self._recomputed(joined(blocks), self.shard)
+                shard = self.shard
+                yield self._recomputed(joined(blocks), Bytes(shard), Bytes(working=shard))
             else:
                 yield from blocks
         if self.model.groups.is_last_stage:
@@ -119,12 +120,12 @@ class Activations:
         point = Point(held + Bytes(working=2 * self.shard), making=params)
         return Part(held, held + Bytes(working=self.tokens * self.row), [point], params)
 
-    def _recomputed(self, part: Part, output: int) -> Part:
-        """One of which the first pass keeps nothing but its `output`, and the second, in backward,
-        all."""
-        kept = Bytes(activations=output)
-        points = [replace(p, held=p.held + kept) for p in part.points]
-        return Part(kept, part.forward, points, part.params)
+    def _recomputed(self, part: Part, kept: Bytes, beside: Bytes) -> Part:
+        """One whose first pass keeps `kept` alone, and whose second comes in backward. `beside`: in
+        backward."""
+        held = kept + beside
+        points = [replace(p, held=p.held + held) for p in part.points]
+        return Part(kept, part.forward, [Point(part.forward + held), *points], part.params)
 
     def _with_norm(self, block: Part, norm: Sequence[nn.Parameter]) -> Part:
         """A block between its norm and its residual sum."""
@@ -211,13 +212,14 @@ class Activations:
             else self._attention(experts, work)
         )
         rows = work.rows * self.row
-        if block.recompute:
-            held = Bytes(working=2 * rows)  # the result and its gradient
-            points = [replace(p, held=p.held + held) for p in arithmetic.points]
-            arithmetic = Part(Bytes(), arithmetic.forward, points, arithmetic.params)
         keeps_rows = block.recompute or isinstance(experts, SelectiveMultiHeadAttention)
-        parts = [self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic]
-        return joined(parts)
+        if block.spreads_tokens:  # what was exchanged is there until the block is done
+            passing = work.sent_rows * self.row + (0 if keeps_rows else rows)
+            forward = arithmetic.forward + Bytes(dispatch=passing)
+            arithmetic = replace(arithmetic, forward=forward)
+        if block.recompute:  # with the result and its gradient
+            arithmetic = self._recomputed(arithmetic, Bytes(), Bytes(working=2 * rows))
+        return joined([self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic])
 
     def _router(self, block: RoutedBlock) -> Part:
         """Its input, scores, gates and probabilities of each level."""
