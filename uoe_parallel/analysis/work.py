@@ -49,14 +49,19 @@ Workload = Mapping[str, BlockWork]
 def expected_work(model: LanguageModel, config: RunConfig) -> Workload:
     """Where every expert is chosen as often as any other and choices don't depend on each other.
 
-    Sequences count as one document each, and nothing is dropped."""
+    Sequences count as one document each, nothing is dropped, and segments of which nothing is known
+    choose like the others."""
     return {name: _expected(block, model, config) for name, block in model.routed_blocks().items()}
 
 
 def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
-    """Where all tokens of the expert group choose as many of this rank's experts as they may.
+    """The most that any routes can bring, each number by itself: where all tokens of the expert
+    group choose as many of this rank's experts as they may, and this rank's tokens go to as many
+    ranks as they may.
 
-    Capacities, which would drop some of them, are not counted on."""
+    Selections other than top_k bound no single token's choice: thresholds let all experts in while
+    they warm up. Capacities, which would drop some pairs, are not counted on.
+    """
     return {name: _worst(block, model, config) for name, block in model.routed_blocks().items()}
 
 
@@ -69,10 +74,17 @@ class _Sizes:
     length: int
     own_tokens: int
     """That this rank sends, 0 if they don't travel."""
-    shared_by_rank: list[int]
-    """Shared experts of each rank of the group."""
-    local: int
-    """Experts of a rank."""
+    shared: list[list[bool]]
+    """Of each rank of the group, which of its experts are shared."""
+
+    @property
+    def local(self) -> int:
+        """Experts of a rank."""
+        return len(self.shared[0])
+
+    def shared_of(self, rank: int) -> int:
+        """How many experts of a rank are shared."""
+        return sum(self.shared[rank])
 
 
 def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Sizes:
@@ -86,10 +98,10 @@ def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Size
         sequences=batch * replicas,
         length=length,
         own_tokens=batch * length // block.num_shards if travels else 0,
-        shared_by_rank=[
-            sum(expert // local == rank for expert in router.shared) for rank in range(ranks)
+        shared=[
+            [expert in router.shared for expert in range(rank * local, (rank + 1) * local)]
+            for rank in range(ranks)
         ],
-        local=local,
     )
 
 
@@ -99,34 +111,50 @@ def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> Bl
 
     def visits(other: int) -> float:
         """The chance of a token to have an expert on a rank."""
-        shared = sizes.shared_by_rank[other]
+        shared = sizes.shared_of(other)
         elsewhere = routed - (sizes.local - shared)
         return 1.0 if shared else 1 - comb(elsewhere, chosen) / comb(routed, chosen)
 
     tokens = sizes.sequences * sizes.length
-    shared = sizes.shared_by_rank[rank]
-    whole, part = sizes.length, round(sizes.length * chosen / routed)
-    lengths = [whole] * shared + [part] * (sizes.local - shared)
-    gathers = block.spreads_tokens and sizes.own_tokens == 0
-    spread = block.spreads_tokens and not gathers
+    part = round(sizes.length * chosen / routed)
     return BlockWork(
-        sent_rows=round(sizes.own_tokens * sum(map(visits, range(len(sizes.shared_by_rank))))),
-        sent_pairs=sizes.own_tokens * (chosen + sum(sizes.shared_by_rank)),
-        rows=round(tokens * visits(rank)) if spread else tokens,
-        run_lengths=tuple(length for length in lengths for _ in range(sizes.sequences)),
+        sent_rows=round(sizes.own_tokens * sum(map(visits, range(len(sizes.shared))))),
+        sent_pairs=sizes.own_tokens * (chosen + len(block.router.shared)),
+        rows=round(tokens * visits(rank)) if sizes.own_tokens else tokens,
+        run_lengths=tuple(
+            sizes.length if is_shared else part
+            for is_shared in sizes.shared[rank]
+            for _ in range(sizes.sequences)
+        ),
     )
 
 
 def _worst(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> BlockWork:
     sizes, rank = _sizes(block, model, config), block.expert_group.rank()
-    shared, chosen = sizes.shared_by_rank[rank], block.routing.chosen_experts
-    here = min(chosen, sizes.local - shared)
-    lengths = [sizes.length] * (shared + here) + [0] * (sizes.local - shared - here)
-    pairs = sizes.own_tokens * (chosen + sum(sizes.shared_by_rank))
-    ranks = min(len(sizes.shared_by_rank), chosen + len(block.router.shared))
+    routed, chosen = block.router.num_routed, block.routing.chosen_experts
+    ranks, shared = len(sizes.shared), len(block.router.shared)
+    free = _free_to_choose(block, config)
+    own_length = sizes.length // block.num_shards
+    own_free = sizes.own_tokens * min(free, own_length) // own_length
+    here = min(chosen, sizes.local - sizes.shared_of(rank))
+    whole = sizes.shared_of(rank) + here
+    lengths = [sizes.length] * whole + [free] * (sizes.local - whole)
+    visited = min(ranks, chosen + shared)
     return BlockWork(
-        sent_rows=sizes.own_tokens * ranks,
-        sent_pairs=pairs,
+        sent_rows=sizes.own_tokens * visited + own_free * (ranks - visited),
+        sent_pairs=sizes.own_tokens * (chosen + shared) + own_free * (routed - chosen),
         rows=sizes.sequences * sizes.length,
         run_lengths=tuple(length for length in lengths for _ in range(sizes.sequences)),
     )
+
+
+def _free_to_choose(block: RoutedBlock, config: RunConfig) -> int:
+    """The first tokens of each sequence that may visit any number of experts."""
+    routing, length = block.routing, config.model.sequence_length
+    if routing.selection == "top_k":
+        return 0
+    if routing.selection is not None:
+        return length
+    # Of the segment before the first one nothing is known, and it keeps all experts.
+    assert routing.segment_length is not None
+    return min(routing.segment_length, length) if config.model.causal else 0

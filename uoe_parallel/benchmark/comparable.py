@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils.flop_counter import FlopCounterMode
 
+from uoe_parallel.analysis.flop_counter import flop_counter
 from uoe_parallel.benchmark.contenders import Contender
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 TOLERANCE = 1e-5
 """Of an output, relative to the largest one: fp32 against fp64."""
@@ -46,11 +45,15 @@ def check_comparable(contenders: Sequence[Contender], group: ProcessGroup) -> li
     faults: list[str] = []
     works: list[Work] = []
     for contender in contenders:
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with flop_counter() as counter:
             y_SBD = contender.run()
         gates_TE, rows = contender.gates(), contender.rows()
         counts = [int((gates_TE != 0).sum()), rows, counter.get_total_flops() // 2]
-        work = Work(*comm.sum_over(torch.tensor(counts).to(y_SBD.device), group).tolist())
+        work = Work(
+            *comm.sum_over(
+                torch.tensor(counts).to(y_SBD.device), group, purpose=Purpose.MEASUREMENT
+            ).tolist()
+        )
         found = [*_own_faults(contender, y_SBD, gates_TE, group), *_count_faults(contender, work)]
         sizes = contender.problem.sizes
         who = f"{contender.name} (n {sizes.experts}, k {sizes.top_k})"
@@ -78,11 +81,8 @@ def _own_faults(
     for name, tensor in gradients.items():
         judged[f"leaves {name} without a finite gradient"] = not _is_finite(tensor.grad)
     wrong = torch.tensor(list(judged.values())).to(y_SBD.device, torch.int64)
-    return [
-        fault
-        for fault, seen in zip(judged, comm.max_over(wrong, group).tolist(), strict=True)
-        if seen
-    ]
+    wrong = comm.max_over(wrong, group, purpose=Purpose.MEASUREMENT)
+    return [fault for fault, seen in zip(judged, wrong.tolist(), strict=True) if seen]
 
 
 def _are_best(scores_TE: Tensor, gates_TE: Tensor, count: int) -> bool:
@@ -115,14 +115,3 @@ def _count_faults(contender: Contender, work: Work) -> Iterator[str]:
     bookkeeping = sizes.tokens * sizes.experts * (sizes.experts + 4)
     if not least <= work.multiply_adds <= least + bookkeeping:
         yield f"takes {work.multiply_adds} multiply-adds instead of {least}"
-
-
-def _grouped_mm(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of torch's grouped product, by the shapes of its factors: groups lie along a dimension of one
-    factor or are a dimension of both."""
-    rows = a[1:] if (len(a), len(b)) == (3, 2) else a
-    return 2 * math.prod(rows) * b[-1]
-
-
-# torch's counter knows all other products.
-_FORMULAS = {torch.ops.aten._grouped_mm: _grouped_mm}
