@@ -1,0 +1,177 @@
+"""What DeepSpeed holds beside the model's states, at the moments of a step.
+
+By its own rules of each ZeRO stage, followed as in `reduction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+from torch import nn
+
+from uoe_parallel.analysis.reduction import closed_at
+from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.zero3 import most_gathered
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.parallel.sharding import is_wide
+
+_NORM = 8  # bytes of an fp64
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of gradients, however far they have come, and of buffers."""
+
+    gradients: int
+    buffers: int
+
+
+class StepBuffers(StateRules):
+    """Of a step of so many micro-batches."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, micro_batches: int) -> None:
+        super().__init__(model, config)
+        self.states = self.model_states()
+        self.is_accumulated = micro_batches > 1
+        """Whether a backward pass finds gradients of another one."""
+        self.params = list(model.parameters())
+        self.size = _size(self.params)
+        self.largest = max(param.numel() for param in self.params)
+        self.own = {param for group in self.parameter_groups for param in self.touched(group)}
+        """Parameters of which ZeRO 1 and 2 have something step here."""
+        self.bucket = self._bucket()
+        gathered = most_gathered(self) if self.stage == 3 else (0, 0)
+        self.gathered_forward, self.gathered_backward = (self.element * n for n in gathered)
+
+    def _bucket(self) -> int:
+        """Bytes of what gradients are put together in, contiguous, before they are reduced."""
+        if self.stage == 0 or self.is_flat_bf16 or not self.zero.contiguous_gradients:
+            return 0
+        number = 2 if self.zero.overlap_comm and self.stage != 3 else 1
+        return number * int(self.zero.reduce_bucket_size) * self.element
+
+    def forward(self) -> Held:
+        """While a forward pass goes on."""
+        if self.stage == 3:
+            return Held(self.states.gradients, self.bucket + self.gathered_forward)
+        return Held(self._before(), 0)
+
+    def backward(self, made: Sequence[nn.Parameter], making: Sequence[nn.Parameter]) -> Held:
+        """While a pass computes the gradients of `making`, those of `made` done."""
+        new, here = _size(making), _size(made)
+        if self.is_flat_bf16:
+            return Held(self._before() + self.element * (here + new), 4 * new)
+        of_new = self.element * (new + self._waiting(made))
+        is_full = here + new > self.zero.reduce_bucket_size
+        buffers = self.bucket + (self._sent() if is_full and making else 0)
+        if self.stage == 3:
+            return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
+        if self.stage == 2:
+            has_own = not self.own.isdisjoint(made)
+            return Held((self._reduced() if has_own else self._before()) + of_new, buffers)
+        sums = self.size if self.is_accumulated else here
+        return Held(self.element * (sums + new), self.bucket if here else 0)
+
+    def optimizer(self) -> Iterator[Held]:
+        """From the last backward pass to the next step."""
+        if self.is_flat_bf16:
+            sizes = map(self.padded_size, self.parameter_groups)
+            yield Held(self.states.gradients, 4 * _most_copied(sizes))
+            yield Held(self.states.gradients, _NORM * self.largest)
+        elif self.stage == 0:
+            yield from self._plain()
+        elif self.stage == 3:
+            part = max(
+                max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
+                for group in self.parameter_groups
+            )
+            yield Held(self.states.gradients, self.bucket + self._sent())
+            yield Held(self.states.gradients, self.bucket + 4 * part)
+        elif self.stage == 2:
+            yield Held(self._reduced(), self.bucket + self._sent())
+            yield from self._partitioned()
+        else:
+            yield self._all_reduced()
+            yield from self._partitioned()
+
+    def _before(self) -> int:
+        """Of gradients, as a pass finds them."""
+        if self.is_flat_bf16:
+            return self.states.gradients - self.element * self.size
+        return self.states.gradients if self.is_accumulated else 0
+
+    def _own(self) -> int:
+        """Elements of which ZeRO 2 keeps the gradients."""
+        return _size(self.own)
+
+    def _waiting(self, made: Sequence[nn.Parameter]) -> int:
+        """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
+        next one comes."""
+        last = made[-1].numel() if made else 0
+        return last if last > self.zero.reduce_bucket_size else 0
+
+    def _plain(self) -> Iterator[Held]:
+        """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
+        kinds = [[p.numel() for p in self.params if is_wide(p) == wide] for wide in (False, True)]
+        copied = self.element * max(map(_most_copied, kinds))
+        if self.reduced_element != self.element:
+            runs = chain.from_iterable(closed_at(sizes, _AT_ONCE) for sizes in kinds)
+            copied += self.reduced_element * max(runs)
+        yield Held(self.states.gradients, copied)
+        masters = 4 * self.size if self.is_bf16 else 0
+        yield Held(self.states.gradients, masters + _NORM * self.largest)
+
+    def _partitioned(self) -> Iterator[Held]:
+        """ZeRO 1 and 2: own gradients are flattened group by group."""
+        part = max(map(self.part_size, self.parameter_groups))
+        own = self.states.gradients if self.is_bf16 else self.element * self._own()
+        yield Held(own, 0 if self.is_bf16 else 4 * part)
+        yield Held(own, _NORM * self.largest)
+
+    def _all_reduced(self) -> Held:
+        """ZeRO 1 after the last backward pass: gradients move to the bucket, own ones to a copy."""
+        in_bucket = min(self.size, int(self.zero.reduce_bucket_size))
+        rest = self.size - in_bucket
+        own = self._own() if rest else 0
+        gradients = self.element * (rest + own)
+        return Held(gradients, self.bucket + max(self._sent(), self.element * in_bucket))
+
+    def _reduced(self) -> int:
+        """Bytes of gradients under ZeRO 2 once a pass has some of this rank's own: those of bf16
+        are added to where they stay, others come beside the sums of the passes before."""
+        if self.is_bf16:
+            return self.states.gradients
+        return self._before() + self.element * self._own()
+
+    def _sent(self) -> int:
+        """Bytes of the copy of a bucket that is reduced, in the type of its own that it may have:
+        parts for one rank after the other, where there are several ranks."""
+        if max(map(self.replicas, self.params)) == 1:
+            return 0
+        cast = self.reduced_element if self.reduced_element != self.element else 0
+        copies = 2 * cast if cast and self.stage == 3 else cast + self.element
+        return copies * min(self.size, int(self.zero.reduce_bucket_size))
+
+
+_AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1
+"""Elements from which on the engine reduces what it has put together."""
+
+
+def _most_copied(sizes: Iterable[int]) -> int:
+    """Elements of the largest flat copy of gradients of these sizes, put together as `closed_at`
+    does: one that stays alone is not copied."""
+    most = total = number = 0
+    for size in sizes:
+        total, number = total + size, number + 1
+        most = max(most, total if number > 1 else 0)
+        if total >= _AT_ONCE:
+            total = number = 0
+    return most
+
+
+def _size(params: Iterable[nn.Parameter]) -> int:
+    return sum(param.numel() for param in params)
