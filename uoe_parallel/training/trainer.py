@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,7 @@ from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample
 from uoe_parallel.training.metrics import Kind, MetricsWriter, Value
+from uoe_parallel.training.observer import StepObserver
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import RoutingReporter
@@ -88,14 +89,6 @@ class StepResult:
     loss: float
     gradient_norm: float
     learning_rate: float
-
-
-class StepObserver(Protocol):
-    """Who looks on while a run trains."""
-
-    def step(self, number: int) -> AbstractContextManager[object]:
-        """What is around training step `number`, from 0, on every rank alike."""
-        ...
 
 
 class Trainer:
