@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 
@@ -145,8 +145,9 @@ class _Passes:
         for name, block in blocks_that_exchange(self.model).items():
             assert len(exchanges[name]) == number, name
             group, rank = _name_of_experts(block), block.expert_group.rank()
-            for sizes in exchanges[name]:
-                yield from self._repeated(self._exchange(sizes, group, rank))
+            for sizes, alike in groupby(exchanges[name]):
+                transfers = self._repeated(self._exchange(sizes, group, rank))
+                yield from times(transfers, len(list(alike)))
 
     def _repeated(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
         """Of a layer, whose forward pass comes twice if it is recomputed."""

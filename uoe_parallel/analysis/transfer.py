@@ -71,9 +71,9 @@ def group_ranks(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
     axes = ["world", "tensor", "data", "pipe"]
     axes += ["expert", "expert_data"] if layout.has_wide_experts else []
     ranks = {axis: tuple(dist.get_process_group_ranks(getattr(groups, axis))) for axis in axes}
-    data = layout.coordinates(groups.rank).data
-    ranks["model"] = tuple(r for r in ranks["world"] if layout.coordinates(r).data == data)
     stage, pipe = groups.stage, ranks["pipe"]
+    # The tensor groups that stand where its own does in each stage.
+    ranks["model"] = tuple(r + p - pipe[stage] for p in pipe for r in ranks["tensor"])
     if not groups.is_last_stage:
         ranks["next_stage"] = pipe[stage : stage + 2]
     if not groups.is_first_stage:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import comb
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
+from uoe_parallel.analysis.traffic import Exchanges, blocks_that_exchange, micro_batches
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.model.block import RoutedBlock, Union
@@ -60,6 +61,17 @@ def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
     return {name: _worst(block, model, config) for name, block in model.routed_blocks().items()}
 
 
+def expected_exchanges(model: LanguageModel, config: RunConfig) -> Exchanges:
+    """As `expected_work`: what the blocks send whose rows travel, in all micro-batches of a step.
+
+    Counts are rounded for each rank of a group."""
+    number = micro_batches(config, model.groups.layout)
+    return {
+        name: [_expected_exchange(block, model, config)] * number
+        for name, block in blocks_that_exchange(model).items()
+    }
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """What both need."""
@@ -93,16 +105,33 @@ def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Size
     )
 
 
+def _visits(block: RoutedBlock, sizes: _Sizes) -> list[float]:
+    """The chance of a token to have an expert on each rank of the group."""
+    routed, chosen = block.router.num_routed, block.routing.chosen_experts
+
+    def visits(shared: int) -> float:
+        return 1.0 if shared else 1 - comb(routed - sizes.local, chosen) / comb(routed, chosen)
+
+    return list(map(visits, sizes.shared_by_rank))
+
+
+def _expected_exchange(
+    block: RoutedBlock, model: LanguageModel, config: RunConfig
+) -> ExchangeSizes:
+    sizes, rank = _sizes(block, model, config), block.expert_group.rank()
+    tokens, share = sizes.own_tokens, block.routing.chosen_experts / block.router.num_routed
+    rows = [round(tokens * chance) for chance in _visits(block, sizes)]
+    pairs = [
+        round(tokens * (shared + (sizes.local - shared) * share)) for shared in sizes.shared_by_rank
+    ]
+    here = len(rows) * [rows[rank]], len(rows) * [pairs[rank]]
+    return ExchangeSizes(rows, here[0], pairs, here[1])
+
+
 def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> BlockWork:
     sizes, rank = _sizes(block, model, config), block.expert_group.rank()
     routed, chosen = block.router.num_routed, block.routing.chosen_experts
-
-    def visits(other: int) -> float:
-        """The chance of a token to have an expert on a rank."""
-        shared = sizes.shared_by_rank[other]
-        elsewhere = routed - (sizes.local - shared)
-        return 1.0 if shared else 1 - comb(elsewhere, chosen) / comb(routed, chosen)
-
+    visits = _visits(block, sizes)
     tokens = sizes.sequences * sizes.length
     shared = sizes.shared_by_rank[rank]
     whole, part = sizes.length, round(sizes.length * chosen / routed)
@@ -110,9 +139,9 @@ def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> Bl
     gathers = block.spreads_tokens and sizes.own_tokens == 0
     spread = block.spreads_tokens and not gathers
     return BlockWork(
-        sent_rows=round(sizes.own_tokens * sum(map(visits, range(len(sizes.shared_by_rank))))),
+        sent_rows=round(sizes.own_tokens * sum(visits)),
         sent_pairs=sizes.own_tokens * (chosen + sum(sizes.shared_by_rank)),
-        rows=round(tokens * visits(rank)) if spread else tokens,
+        rows=round(tokens * visits[rank]) if spread else tokens,
         run_lengths=tuple(length for length in lengths for _ in range(sizes.sequences)),
     )
 
