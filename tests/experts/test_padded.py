@@ -49,7 +49,7 @@ def test_every_place_sees_those_before_it_once(lengths: list[int]) -> None:
     seen = torch.zeros(longest, longest, dtype=torch.int64)
     begun = torch.zeros(longest, dtype=torch.bool)
     calls = 0
-    for runs, later, keys, causal in padded._pieces(torch.tensor(lengths)):
+    for runs, later, keys, causal in padded.causal_pieces(torch.tensor(lengths)):
         assert runs.stop == sum(length > later.start for length in lengths) > 0
         assert causal == (later == keys) and bool(begun[later].all()) != causal
         begun[later] = True

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils.flop_counter import FlopCounterMode
 
+from uoe_parallel.analysis.flop_counter import flop_counter
 from uoe_parallel.benchmark.contenders import Contender
 from uoe_parallel.parallel import comm
 
@@ -46,7 +44,7 @@ def check_comparable(contenders: Sequence[Contender], group: ProcessGroup) -> li
     faults: list[str] = []
     works: list[Work] = []
     for contender in contenders:
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with flop_counter() as counter:
             y_SBD = contender.run()
         gates_TE, rows = contender.gates(), contender.rows()
         counts = [int((gates_TE != 0).sum()), rows, counter.get_total_flops() // 2]
@@ -115,14 +113,3 @@ def _count_faults(contender: Contender, work: Work) -> Iterator[str]:
     bookkeeping = sizes.tokens * sizes.experts * (sizes.experts + 4)
     if not least <= work.multiply_adds <= least + bookkeeping:
         yield f"takes {work.multiply_adds} multiply-adds instead of {least}"
-
-
-def _grouped_mm(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of torch's grouped product, by the shapes of its factors: groups lie along a dimension of one
-    factor or are a dimension of both."""
-    rows = a[1:] if (len(a), len(b)) == (3, 2) else a
-    return 2 * math.prod(rows) * b[-1]
-
-
-# torch's counter knows all other products.
-_FORMULAS = {torch.ops.aten._grouped_mm: _grouped_mm}

@@ -80,6 +80,19 @@ class PaddedAttention:
         return out_N1Hd.squeeze(1)
 
 
+def length_classes(lengths_G: Tensor, size_G: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The order of runs by their sizes, the largest first, and of each class of sizes within a
+    factor of two of each other the `lengths_G` of its runs in that order, on the host."""
+    size_G, order_G = size_G.sort(descending=True, stable=True)
+    # The one copy to the host.
+    host_G, size_G = torch.stack((lengths_G[order_G], size_G)).cpu()
+    # Runs without a row count as of one, so that ranks without any take the same path. Classes
+    # do not meet at powers of two, around which half of a sequence's tokens like to lie.
+    class_G = (size_G.clamp(min=1).double().log2() + 0.5).ceil()
+    _, runs_C = class_G.unique_consecutive(return_counts=True)
+    return order_G, host_G.split(runs_C.tolist())
+
+
 class _Padding:
     """Where the rows of runs lie when runs, the largest first, are padded to the longest of their
     length class, which is at least one.
@@ -88,19 +101,12 @@ class _Padding:
     """
 
     def __init__(self, lengths_G: Tensor, size_G: Tensor) -> None:
-        size_G, order_G = size_G.sort(descending=True, stable=True)
-        # The one copy to the host.
-        host_G, size_G = torch.stack((lengths_G[order_G], size_G)).cpu()
-        # Runs without a row count as of one, so that ranks without any take the same path. Classes
-        # do not meet at powers of two, around which half of a sequence's tokens like to lie.
-        class_G = (size_G.clamp(min=1).double().log2() + 0.5).ceil()
-        _, runs_C = class_G.unique_consecutive(return_counts=True)
-        self.lengths_C = host_G.split(runs_C.tolist())
+        order_G, self.lengths_C = length_classes(lengths_G, size_G)
         """Of the runs of each class, on the host."""
         self.shapes_C = [(len(n_G), max(1, int(n_G.max()))) for n_G in self.lengths_C]
         """Runs of each class and their padded length."""
-        padded_G = torch.tensor([longest for _, longest in self.shapes_C])
-        padded_G = padded_G.repeat_interleave(runs_C).to(order_G.device)
+        runs_C, longest_C = torch.tensor(self.shapes_C).unbind(1)
+        padded_G = longest_C.repeat_interleave(runs_C).to(order_G.device)
         self.size = sum(runs * longest for runs, longest in self.shapes_C)
         self._order_G, self._start_G = order_G, lengths_G.cumsum(0) - lengths_G
         shift_G = torch.empty_like(order_G)
@@ -201,7 +207,7 @@ class _CausalAttention(torch.autograd.Function):
         # in backward.
         lse_PH = out_PHd.new_full(out_PHd.shape[:2], torch.inf, dtype=precise)
         for lengths_G, q, k, v, *results in _classes(padding, *rows, out_PHd, lse_PH):
-            for runs, later, seen, causal in _pieces(lengths_G):
+            for runs, later, seen, causal in causal_pieces(lengths_G):
                 found = _flash(*_piece(q, k, v, runs, later, seen), 0.0, causal)
                 out, lse = (x[runs, :, later] for x in results)
                 if causal:
@@ -223,7 +229,7 @@ class _CausalAttention(torch.autograd.Function):
         d_rows = [torch.empty_like(x) for x in rows]
         views = _classes(padding, *rows, *d_rows, d_out_PHd, out_PHd, lse_PH)
         for lengths_G, q, k, v, d_q, d_k, d_v, *results in views:
-            for runs, later, seen, causal in _pieces(lengths_G):
+            for runs, later, seen, causal in causal_pieces(lengths_G):
                 d_out, out, lse = (x[runs, :, later] for x in results)
                 piece = _piece(q, k, v, runs, later, seen)
                 found = _flash_backward(d_out, *piece, out, lse, 0.0, causal)
@@ -252,7 +258,7 @@ def _piece(
     return q, k.expand(heads), v.expand(heads)
 
 
-def _pieces(lengths_G: Tensor) -> Iterator[tuple[slice, slice, slice, bool]]:
+def causal_pieces(lengths_G: Tensor) -> Iterator[tuple[slice, slice, slice, bool]]:
     """What the kernel is called for, of runs in the order of their lengths, the longest first:
     runs, places of queries, places of keys, and whether a query sees no key after itself (the same
     places) or all of them. A query's own stretch comes first."""

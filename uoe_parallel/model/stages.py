@@ -68,9 +68,9 @@ def layer_cost(config: RunConfig, layer: int) -> int:
     model = config.model
     hidden, length = model.hidden_size, model.sequence_length
     matrices = 3 if model.activation == "swiglu" else 2
-    queries = _active(config.attention, layer, model.kv_heads)
+    queries = active_share(config.attention, layer, model.kv_heads)
     keys = queries if config.attention.keys_and_values == "selected" else 1.0
-    feed_forward = _active(config.feed_forward, layer, config.feed_forward.num_experts)
+    feed_forward = active_share(config.feed_forward, layer, config.feed_forward.num_experts)
     seen = 1 if model.causal else 2  # half of the keys are masked in a causal model
     return round(
         2 * hidden * hidden * (queries + keys * model.kv_heads / model.num_heads)
@@ -79,7 +79,11 @@ def layer_cost(config: RunConfig, layer: int) -> int:
     )
 
 
-def _active(routing: AttentionConfig | FeedForwardConfig, layer: int, num_experts: int) -> float:
+def active_share(
+    routing: AttentionConfig | FeedForwardConfig, layer: int, num_experts: int
+) -> float:
+    """Of a block's experts, those that a token visits: all in a dense block, and otherwise on
+    average, without drops."""
     if not routing.routes(layer):
         return 1.0
     return (routing.chosen_experts + routing.shared_experts) / num_experts
