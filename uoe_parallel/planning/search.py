@@ -1,0 +1,233 @@
+"""Every layout of a number of devices: which fit, how fast each is, and why the others don't."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+from uoe_parallel.analysis.memory import StepMemory
+from uoe_parallel.analysis.simulate import build_stage, simulated_groups
+from uoe_parallel.analysis.traffic import micro_batches
+from uoe_parallel.config import yaml_text
+from uoe_parallel.config.schema import ParallelConfig, Recompute, RunConfig
+from uoe_parallel.parallel.layout import (
+    ParallelLayout,
+    candidate_layouts,
+    why_not,
+    with_parallel,
+)
+from uoe_parallel.planning.hardware import Hardware
+from uoe_parallel.planning.stage import (
+    RECOMPUTES,
+    Rank,
+    first_rank,
+    representative_stages,
+    routes_of,
+    with_recompute,
+)
+from uoe_parallel.planning.time import StageTime, StepTime, step_time
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search may change of a config."""
+
+    parallel: ParallelConfig
+    micro_batch_size: int
+    recompute: Recompute
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """`config` with this choice."""
+        return config.model_copy(
+            update={
+                "parallel": self.parallel,
+                "training": config.training.model_copy(
+                    update={
+                        "micro_batch_size": self.micro_batch_size,
+                        "recompute": self.recompute,
+                    }
+                ),
+            }
+        )
+
+    def as_yaml(self) -> str:
+        """The sections and fields to put into the config's file."""
+        training = {"micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
+        return yaml_text.dump({"parallel": self.parallel.model_dump(), "training": training})
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest way to run a layout that fits."""
+
+    layout: ParallelLayout
+    choice: Choice
+    time: StepTime
+    needed: int
+    """Bytes of the fullest device."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A rank that needs more than its device has."""
+
+    needed: int
+    rank: int
+    part: str
+    """The field of `StepMemory` that is the largest."""
+
+
+@dataclass
+class Refused:
+    """Layouts that don't fit for one reason."""
+
+    count: int = 0
+    example: str = ""
+    """The name of one of them, and what is wrong with it."""
+    least: int | None = None
+    """Bytes that the least demanding of them needs, if memory is the reason."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came of it."""
+
+    found: list[Found] = field(default_factory=list)
+    """The fastest first, one for each layout."""
+    refused: dict[str, Refused] = field(default_factory=dict)
+    """By reason."""
+
+    @property
+    def best(self) -> Found | None:
+        return self.found[0] if self.found else None
+
+
+Variant = tuple[ParallelConfig, int]
+"""A layout and a micro-batch size."""
+
+
+def search(config: RunConfig, world_size: int, hardware: Hardware) -> Search:
+    """All layouts of `world_size` devices, with every micro-batch size that is a power of two and
+    the least recomputation that makes it fit.
+
+    Tensor groups stay inside a node. Raises UserError if the hardware has no figure for the
+    config's precision.
+    """
+    hardware.peak(config.training.precision)
+    result = Search()
+    for variants in _by_axes(config, world_size, hardware, result.refused):
+        outcomes = _outcomes(config, world_size, hardware, variants)
+        for parallel in dict.fromkeys(parallel for parallel, _ in variants):
+            tried = [outcome for (other, _), outcome in outcomes.items() if other is parallel]
+            fitting = [outcome for outcome in tried if isinstance(outcome, Found)]
+            if fitting:
+                result.found.append(min(fitting, key=lambda found: found.time.seconds))
+                continue
+            least = min(
+                (outcome for outcome in tried if isinstance(outcome, Misfit)),
+                key=lambda misfit: misfit.needed,
+            )
+            _refuse_misfit(result.refused, parallel, world_size, least)
+    result.found.sort(key=lambda found: (found.time.seconds, str(found.layout)))
+    return result
+
+
+def _by_axes(
+    config: RunConfig, world_size: int, hardware: Hardware, refused: dict[str, Refused]
+) -> Iterator[list[Variant]]:
+    """The variants that the rules allow, those together whose ranks build the same model; notes why
+    the others are none."""
+    grouped: dict[ParallelConfig, list[Variant]] = defaultdict(list)
+    smallest = Choice(config.parallel, 1, config.training.recompute).of(config)
+    for parallel in candidate_layouts(world_size):
+        name = str(ParallelLayout.from_config(parallel, world_size))
+        if parallel.tensor > hardware.devices_per_node:
+            reason = f"tensor groups reach beyond a node of {hardware.devices_per_node} devices"
+            _refuse(refused, reason, name)
+        elif fault := why_not(with_parallel(smallest, parallel), world_size):
+            about = fault.fields[0] if "." in fault.fields[0] else "parallel"
+            example = f"{name}: {' or '.join(fault.fields[:1])} = {fault.value!r} {fault.problem}"
+            _refuse(refused, f"the rules of {about}", example)
+        else:
+            axes = parallel.model_copy(update={"zero_stage": 0})
+            grouped[axes] += [(parallel, size) for size in _sizes(config, parallel, world_size)]
+    yield from grouped.values()
+
+
+def _sizes(config: RunConfig, parallel: ParallelConfig, world_size: int) -> list[int]:
+    """Powers of two that divide what a data-parallel rank has in a step."""
+    sequences = config.training.global_batch_size * parallel.tensor * parallel.pipeline
+    each = sequences // world_size
+    return [2**n for n in range(each.bit_length()) if each % 2**n == 0]
+
+
+def _outcomes(
+    config: RunConfig, world_size: int, hardware: Hardware, variants: Sequence[Variant]
+) -> dict[Variant, Found | Misfit]:
+    """Of each variant, with the least recomputation that makes it fit."""
+    outcomes: dict[Variant, Found | Misfit] = {}
+    left = list(variants)
+    for recompute in RECOMPUTES:
+        outcomes |= _with(with_recompute(config, recompute), world_size, hardware, left)
+        left = [variant for variant in left if isinstance(outcomes[variant], Misfit)]
+        if not left:
+            break
+    return outcomes
+
+
+def _with(
+    config: RunConfig, world_size: int, hardware: Hardware, variants: Sequence[Variant]
+) -> dict[Variant, Found | Misfit]:
+    """Of variants of the same axes, with this config's recomputation."""
+    choices = {v: Choice(*v, config.training.recompute) for v in variants}
+    axes = with_parallel(config, variants[0][0])
+    layout = ParallelLayout.from_config(axes.parallel, world_size)
+    misfits: dict[Variant, Misfit] = {}
+    times: dict[Variant, list[StageTime]] = defaultdict(list)
+    needed: dict[Variant, int] = defaultdict(int)
+    for stage in representative_stages(axes, layout):
+        number = first_rank(layout, stage)
+        with simulated_groups(layout, number) as groups:
+            model = build_stage(axes, groups)
+            routes = routes_of(model, hardware)
+            for variant in variants:
+                if variant in misfits:
+                    continue
+                rank = Rank(model, choices[variant].of(config), hardware, routes)
+                needed[variant] = max(needed[variant], hardware.needed(rank.memory.peak))
+                if rank.fits:
+                    times[variant].append(rank.time)
+                else:
+                    part = _largest(rank.memory)
+                    misfits[variant] = Misfit(needed[variant], number, part)
+    outcomes: dict[Variant, Found | Misfit] = dict(misfits)
+    for variant in variants:
+        if variant not in misfits:
+            parallel = variant[0]
+            its_layout = ParallelLayout.from_config(parallel, world_size)
+            batches = micro_batches(choices[variant].of(config), layout)
+            time = step_time(times[variant], layout.pipeline, batches)
+            outcomes[variant] = Found(its_layout, choices[variant], time, needed[variant])
+    return outcomes
+
+
+def _largest(memory: StepMemory) -> str:
+    parts = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "moment"}
+    return max(parts, key=lambda name: parts[name])
+
+
+def _refuse_misfit(
+    refused: dict[str, Refused], parallel: ParallelConfig, world_size: int, misfit: Misfit
+) -> None:
+    name = str(ParallelLayout.from_config(parallel, world_size))
+    reason = f"too much memory, most of it {misfit.part}"
+    entry = _refuse(refused, reason, f"{name}: rank {misfit.rank}")
+    if entry.least is None or misfit.needed < entry.least:
+        entry.least, entry.example = misfit.needed, f"{name}: rank {misfit.rank}"
+
+
+def _refuse(refused: dict[str, Refused], reason: str, example: str) -> Refused:
+    entry = refused.setdefault(reason, Refused(example=example))
+    entry.count += 1
+    return entry

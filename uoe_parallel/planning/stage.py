@@ -1,0 +1,122 @@
+"""One rank of a layout: what it holds, computes and sends, and how long that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from uoe_parallel.analysis.flops import Computation, micro_batch_flops
+from uoe_parallel.analysis.memory import StepMemory, step_memory
+from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.traffic import micro_batches, step_traffic
+from uoe_parallel.analysis.transfer import Transfer, group_ranks
+from uoe_parallel.analysis.work import expected_exchanges, expected_work, worst_work
+from uoe_parallel.config.schema import Recompute, RunConfig
+from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
+from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.model.stages import stage_layers
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.planning.hardware import Hardware
+from uoe_parallel.planning.time import Route, StageTime, Work, stage_time
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+"""From the fastest to the one that keeps the least."""
+
+
+def vocabulary(config: RunConfig) -> tuple[int, int]:
+    """Ids that a model of this config reads, and their number padded."""
+    used = num_model_ids(build_tokenizer(config.data.tokenizer), config.model.task)
+    return used, padded_vocab_size(used, config.model.vocab_multiple)
+
+
+def representative_stages(config: RunConfig, layout: ParallelLayout) -> list[int]:
+    """The stages that differ in more than their place: first, last, and of those between the
+    earliest, which holds the most micro-batches, for each number of layers of each kind."""
+    classifies = config.model.task == "classification"
+    vocab_size = 0 if classifies else vocabulary(config)[1]
+    cuts = stage_layers(config, layout.pipeline, vocab_size)
+    earliest: dict[tuple[tuple[bool, bool], ...], int] = {}
+    for stage, layers in list(enumerate(cuts))[1:-1]:
+        kinds = sorted((config.attention.routes(n), config.feed_forward.routes(n)) for n in layers)
+        earliest.setdefault(tuple(kinds), stage)
+    return sorted({0, layout.pipeline - 1, *earliest.values()})
+
+
+def first_rank(layout: ParallelLayout, stage: int) -> int:
+    """Of a stage: what another rank of it differs in is padding."""
+    return stage * (layout.world_size // layout.pipeline)
+
+
+class Rank:
+    """The estimates of one rank, each made when it is asked for."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: RunConfig,
+        hardware: Hardware,
+        routes: Mapping[str, Route] | None = None,
+    ) -> None:
+        """model: its stage, in the groups of a simulated world that is still open. config: another
+        ZeRO stage or micro-batch size than the model was built with is fine. routes: as `routes_of`
+        gives them, if they are there already."""
+        self.model, self.config, self.hardware = model, config, hardware
+        self._routes = routes
+        self.work = expected_work(model, config)
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        return self._routes or routes_of(self.model, self.hardware)
+
+    @cached_property
+    def memory(self) -> StepMemory:
+        """With expected routes."""
+        return step_memory(self.model, self.config, self.work)
+
+    @property
+    def fits(self) -> bool:
+        return self.hardware.needed(self.memory.peak) <= self.hardware.memory
+
+    @cached_property
+    def worst_memory(self) -> StepMemory:
+        """With the routes that give this rank the most."""
+        return step_memory(self.model, self.config, worst_work(self.model, self.config))
+
+    @cached_property
+    def computations(self) -> list[Computation]:
+        """Of a micro-batch."""
+        pads = self.hardware.device == "cpu"
+        return micro_batch_flops(self.model, self.config, self.work, pads=pads)
+
+    @cached_property
+    def traffic(self) -> list[Transfer]:
+        """Of a step."""
+        return step_traffic(self.model, self.config, expected_exchanges(self.model, self.config))
+
+    @cached_property
+    def time(self) -> StageTime:
+        rules = StateRules(self.model, self.config)
+        work = Work(
+            computations=self.computations,
+            kept=self._kept_without_recomputation(),
+            weights=rules.element * sum(p.numel() for p in self.model.parameters()),
+            states=rules.model_states(),
+            traffic=self.traffic,
+            micro_batches=micro_batches(self.config, self.model.groups.layout),
+            overlaps=bool(rules.zero.overlap_comm),
+        )
+        return stage_time(work, self.routes, self.hardware, self.config.training.precision)
+
+    def _kept_without_recomputation(self) -> int:
+        memory = step_memory(self.model, with_recompute(self.config, "none"), self.work, 1)
+        return memory.activations + memory.dispatch
+
+
+def routes_of(model: LanguageModel, hardware: Hardware) -> dict[str, Route]:
+    """Of all groups of this rank."""
+    return {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
+
+
+def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
+    training = config.training.model_copy(update={"recompute": recompute})
+    return config.model_copy(update={"training": training})
