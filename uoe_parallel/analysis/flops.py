@@ -274,7 +274,7 @@ class _Passes:
         queries = experts.queries_per_expert
         flops = 2 * self.width * experts.head_width * (2 * queries * pairs + 2 * keys)
         yield from self._products("attention projections", flops, again=again)
-        yield from self._attention(experts, self._rectangles(lengths_G, keys_G), again=again)
+        yield from self._attention(experts, self._scores(lengths_G, keys_G), again=again)
 
     def _dense(self, block: DenseBlock) -> Iterator[Computation]:
         experts, full = block.experts, self.recompute == "full"
@@ -290,7 +290,7 @@ class _Passes:
         if documents.one_each:
             scores = self.tokens * self.length * experts.qkv.num_local_slices
         else:
-            scores = self._rectangles(_all_of(documents, experts), None)
+            scores = self._scores(_all_of(documents, experts), None)
         yield from self._attention(experts, scores, again=self.recompute != "none")
 
     def _attention(
@@ -304,15 +304,10 @@ class _Passes:
             "attention", SCORES_FORWARD * product, backward * product, again=again
         )
 
-    def _rectangles(self, lengths_G: Tensor, keys_G: Tensor | None) -> int:
-        """Scores of one head that are computed for runs of queries, whose rows are the keys unless
-        `keys_G` says how many there are; those that are masked too."""
-        plain = self.causal and keys_G is None and not self.dropout
-        if not self.pads and (plain or (not self.causal and not self.dropout)):
-            return int((lengths_G * (lengths_G if keys_G is None else keys_G)).sum())
-        if self.pads and plain and lengths_G.any():
-            return _in_pieces(lengths_G)
-        return _padded(lengths_G, lengths_G if keys_G is None else keys_G)
+    def _scores(self, lengths_G: Tensor, keys_G: Tensor | None) -> int:
+        return attention_scores(
+            lengths_G, keys_G, causal=self.causal, dropout=self.dropout, pads=self.pads
+        )
 
     def _head(self) -> Iterator[Computation]:
         head = self.model.head
@@ -323,6 +318,25 @@ class _Passes:
         else:
             return
         yield from self._products("head", flops, again=False)
+
+
+def attention_scores(
+    lengths_G: Tensor, keys_G: Tensor | None, *, causal: bool, dropout: bool, pads: bool
+) -> int:
+    """Scores of one head that a backend computes for runs of queries, also those that it masks.
+
+    lengths_G: int64 queries of each run. keys_G: int64 keys of each, None where these are the
+    queries' rows. pads: as in `micro_batch_flops`.
+    """
+    if lengths_G.numel() == 0:
+        return 0
+    plain = causal and keys_G is None and not dropout
+    of_keys_G = lengths_G if keys_G is None else keys_G
+    if pads:
+        return _in_pieces(lengths_G) if plain and lengths_G.any() else _padded(lengths_G, of_keys_G)
+    # What half-precision kernels leave to padded ones is theirs.
+    leaves = dropout or (causal and keys_G is not None)
+    return _padded(lengths_G, of_keys_G) if leaves else int((lengths_G * of_keys_G).sum())
 
 
 def _all_of(documents: Documents, experts: SelectiveMultiHeadAttention) -> Tensor:

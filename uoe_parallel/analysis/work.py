@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb
+from typing import TypeVar
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.traffic import Exchanges, blocks_that_exchange, micro_batches
@@ -12,6 +13,8 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.model.block import RoutedBlock, Union
 from uoe_parallel.model.language_model import LanguageModel
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,39 @@ Workload = Mapping[str, BlockWork]
 def expected_work(model: LanguageModel, config: RunConfig) -> Workload:
     """Where every expert is chosen as often as any other and choices don't depend on each other.
 
-    Sequences count as one document each, and nothing is dropped."""
-    return {name: _expected(block, model, config) for name, block in model.routed_blocks().items()}
-
-
-def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
-    """Where all tokens of the expert group choose as many of this rank's experts as they may.
-
-    Capacities, which would drop some of them, are not counted on."""
-    return {name: _worst(block, model, config) for name, block in model.routed_blocks().items()}
+    Sequences count as one document each, nothing is dropped, and segments of which nothing is known
+    choose like the others."""
+    return _of_all(model.routed_blocks(), lambda block: _expected(block, model, config))
 
 
 def expected_exchanges(model: LanguageModel, config: RunConfig) -> Exchanges:
-    """As `expected_work`: what the blocks send whose rows travel, in all micro-batches of a step.
+    """As `expected_work`: what the blocks whose rows travel send in all micro-batches of a step.
 
-    Counts are rounded for each rank of a group."""
+    Numbers are rounded for each rank of a group."""
     number = micro_batches(config, model.groups.layout)
-    return {
-        name: [_expected_exchange(block, model, config)] * number
-        for name, block in blocks_that_exchange(model).items()
-    }
+    blocks = blocks_that_exchange(model)
+    return _of_all(blocks, lambda block: [_expected_exchange(block, model, config)] * number)
+
+
+def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
+    """The most that any routes can bring, each number by itself: where all tokens of the expert
+    group choose as many of this rank's experts as they may, and this rank's tokens go to as many
+    ranks as they may.
+
+    Selections other than top_k bound no single token's choice: thresholds let all experts in while
+    they warm up. Capacities, which would drop some pairs, are not counted on.
+    """
+    return _of_all(model.routed_blocks(), lambda block: _worst(block, model, config))
+
+
+def _of_all(blocks: Mapping[str, RoutedBlock], find: Callable[[RoutedBlock], _T]) -> dict[str, _T]:
+    """Once for each kind of block, since layers only differ in which kinds they have."""
+    found: dict[str, _T] = {}
+    for name, block in blocks.items():
+        kind = name.rpartition(".")[2]
+        if kind not in found:
+            found[kind] = find(block)
+    return {name: found[name.rpartition(".")[2]] for name in blocks}
 
 
 @dataclass(frozen=True)
@@ -81,10 +97,17 @@ class _Sizes:
     length: int
     own_tokens: int
     """That this rank sends, 0 if they don't travel."""
-    shared_by_rank: list[int]
-    """Shared experts of each rank of the group."""
-    local: int
-    """Experts of a rank."""
+    shared: list[list[bool]]
+    """Of each rank of the group, which of its experts are shared."""
+
+    @property
+    def local(self) -> int:
+        """Experts of a rank."""
+        return len(self.shared[0])
+
+    def shared_of(self, rank: int) -> int:
+        """How many experts of a rank are shared."""
+        return sum(self.shared[rank])
 
 
 def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Sizes:
@@ -98,10 +121,10 @@ def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Size
         sequences=batch * replicas,
         length=length,
         own_tokens=batch * length // block.num_shards if travels else 0,
-        shared_by_rank=[
-            sum(expert // local == rank for expert in router.shared) for rank in range(ranks)
+        shared=[
+            [expert in router.shared for expert in range(rank * local, (rank + 1) * local)]
+            for rank in range(ranks)
         ],
-        local=local,
     )
 
 
@@ -112,7 +135,7 @@ def _visits(block: RoutedBlock, sizes: _Sizes) -> list[float]:
     def visits(shared: int) -> float:
         return 1.0 if shared else 1 - comb(routed - sizes.local, chosen) / comb(routed, chosen)
 
-    return list(map(visits, sizes.shared_by_rank))
+    return [visits(sum(shared)) for shared in sizes.shared]
 
 
 def _expected_exchange(
@@ -122,10 +145,10 @@ def _expected_exchange(
     tokens, share = sizes.own_tokens, block.routing.chosen_experts / block.router.num_routed
     rows = [round(tokens * chance) for chance in _visits(block, sizes)]
     pairs = [
-        round(tokens * (shared + (sizes.local - shared) * share)) for shared in sizes.shared_by_rank
+        round(tokens * sum(1.0 if is_shared else share for is_shared in experts))
+        for experts in sizes.shared
     ]
-    here = len(rows) * [rows[rank]], len(rows) * [pairs[rank]]
-    return ExchangeSizes(rows, here[0], pairs, here[1])
+    return ExchangeSizes(rows, [rows[rank]] * len(rows), pairs, [pairs[rank]] * len(pairs))
 
 
 def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> BlockWork:
@@ -133,29 +156,45 @@ def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> Bl
     routed, chosen = block.router.num_routed, block.routing.chosen_experts
     visits = _visits(block, sizes)
     tokens = sizes.sequences * sizes.length
-    shared = sizes.shared_by_rank[rank]
-    whole, part = sizes.length, round(sizes.length * chosen / routed)
-    lengths = [whole] * shared + [part] * (sizes.local - shared)
-    gathers = block.spreads_tokens and sizes.own_tokens == 0
-    spread = block.spreads_tokens and not gathers
+    part = round(sizes.length * chosen / routed)
     return BlockWork(
         sent_rows=round(sizes.own_tokens * sum(visits)),
-        sent_pairs=sizes.own_tokens * (chosen + sum(sizes.shared_by_rank)),
-        rows=round(tokens * visits[rank]) if spread else tokens,
-        run_lengths=tuple(length for length in lengths for _ in range(sizes.sequences)),
+        sent_pairs=sizes.own_tokens * (chosen + len(block.router.shared)),
+        rows=round(tokens * visits[rank]) if sizes.own_tokens else tokens,
+        run_lengths=tuple(
+            sizes.length if is_shared else part
+            for is_shared in sizes.shared[rank]
+            for _ in range(sizes.sequences)
+        ),
     )
 
 
 def _worst(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> BlockWork:
     sizes, rank = _sizes(block, model, config), block.expert_group.rank()
-    shared, chosen = sizes.shared_by_rank[rank], block.routing.chosen_experts
-    here = min(chosen, sizes.local - shared)
-    lengths = [sizes.length] * (shared + here) + [0] * (sizes.local - shared - here)
-    pairs = sizes.own_tokens * (chosen + sum(sizes.shared_by_rank))
-    ranks = min(len(sizes.shared_by_rank), chosen + len(block.router.shared))
+    routed, chosen = block.router.num_routed, block.routing.chosen_experts
+    ranks, shared = len(sizes.shared), len(block.router.shared)
+    free = _free_to_choose(block, config)
+    own_length = sizes.length // block.num_shards
+    own_free = sizes.own_tokens * min(free, own_length) // own_length
+    here = min(chosen, sizes.local - sizes.shared_of(rank))
+    whole = sizes.shared_of(rank) + here
+    lengths = [sizes.length] * whole + [free] * (sizes.local - whole)
+    visited = min(ranks, chosen + shared)
     return BlockWork(
-        sent_rows=sizes.own_tokens * ranks,
-        sent_pairs=pairs,
+        sent_rows=sizes.own_tokens * visited + own_free * (ranks - visited),
+        sent_pairs=sizes.own_tokens * (chosen + shared) + own_free * (routed - chosen),
         rows=sizes.sequences * sizes.length,
         run_lengths=tuple(length for length in lengths for _ in range(sizes.sequences)),
     )
+
+
+def _free_to_choose(block: RoutedBlock, config: RunConfig) -> int:
+    """The first tokens of each sequence that may visit any number of experts."""
+    routing, length = block.routing, config.model.sequence_length
+    if routing.selection == "top_k":
+        return 0
+    if routing.selection is not None:
+        return length
+    # Of the segment before the first one nothing is known, and it keeps all experts.
+    assert routing.segment_length is not None
+    return min(routing.segment_length, length) if config.model.causal else 0
