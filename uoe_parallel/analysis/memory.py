@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.activations import Activations, Bytes
+from uoe_parallel.analysis.buffers import Held, StepBuffers
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.work import Workload
 from uoe_parallel.config.schema import RunConfig
@@ -52,33 +53,38 @@ def step_memory(
     config: RunConfig,
     work: Workload,
     micro_batches_in_flight: int | None = None,
+    *,
+    on_cuda: bool = True,
 ) -> StepMemory:
     """Of training `model`, a rank's stage as it is before DeepSpeed gets it, on meta too.
 
     work: of each of its routed blocks in one micro-batch. micro_batches_in_flight: whose
-    activations are held at a time; None for those of DeepSpeed's schedule (1F1B).
+    activations are held at a time; None for those of DeepSpeed's schedule (1F1B). on_cuda: whether
+    it runs on a GPU, whose kernels keep less than a CPU's.
     """
-    groups, model_config = model.groups, config.model
-    rules = StateRules(model, config)
-    states = rules.model_states()
+    number = micro_batches(config, model.groups.layout)
     if micro_batches_in_flight is None:
-        number = micro_batches(config, groups.layout)
-        micro_batches_in_flight = min(groups.pipe.size() - groups.stage, number)
-    tokens = config.training.micro_batch_size * model_config.sequence_length
-    hidden = tokens * model_config.hidden_size * rules.element
-    kept = 0
-    dispatch = 0
-    for block in work.values():
-        dispatch += 2 * block.rows * model_config.hidden_size * rules.element
-        kept += 4 * block.pairs * model_config.hidden_size * rules.element
-    kept += 12 * hidden * len(model.layers)
-    return StepMemory(
-        moment="backward",
-        weights=states.weights,
-        gradients=states.gradients,
-        optimizer=states.optimizer,
-        buffers=states.gradients,
-        activations=micro_batches_in_flight * kept,
-        dispatch=micro_batches_in_flight * dispatch,
-        working=4 * hidden,
-    )
+        micro_batches_in_flight = min(model.groups.pipe.size() - model.groups.stage, number)
+    stage = Activations(model, config, work, on_cuda=on_cuda).stage()
+    others = stage.kept.times(micro_batches_in_flight - 1)
+    rules = StepBuffers(model, config, number)
+
+    def moment(name: Moment, held: Bytes, of_deepspeed: Held) -> StepMemory:
+        return StepMemory(
+            moment=name,
+            weights=rules.states.weights,
+            gradients=of_deepspeed.gradients,
+            optimizer=rules.states.optimizer,
+            buffers=of_deepspeed.buffers,
+            activations=held.activations,
+            dispatch=held.dispatch,
+            working=held.working,
+        )
+
+    moments = [moment("forward", others + stage.forward, rules.forward())]
+    moments += [
+        moment("backward", others + point.held, rules.backward(point.made, point.making))
+        for point in stage.points
+    ]
+    moments += [moment("optimizer", Bytes(), held) for held in rules.optimizer()]
+    return max(moments, key=lambda moment: moment.peak)

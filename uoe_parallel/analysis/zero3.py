@@ -35,6 +35,15 @@ def gatherings(rules: StateRules) -> Iterator[Gathering]:
     return _Coordinator(rules).run()
 
 
+def most_gathered(rules: StateRules) -> int:
+    """The most elements of weights that are here at a time because they were gathered."""
+    coordinator = _Coordinator(rules)
+    most = 0
+    for _ in coordinator.run():
+        most = max(most, coordinator.gathered)
+    return most
+
+
 @dataclass(frozen=True)
 class _Event:
     """One end of a module's forward or backward pass."""

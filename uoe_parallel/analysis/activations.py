@@ -1,0 +1,363 @@
+"""What the passes of a stage keep of a micro-batch, and what they need on top of it.
+
+A stage is a row of parts: the embedding, each block with its norm and its residual sum, the head.
+Forward passes go through it from the first part to the last and keep bytes; backward passes come
+back and let go of them. Followed are the tensors of a token's or a pair's width and those of a
+router; what is smaller, such as a value per document, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from uoe_parallel.analysis.work import BlockWork, Workload
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
+from uoe_parallel.experts.backends import CHUNK_BYTES
+from uoe_parallel.experts.mlp import UnionOfMLPExperts
+from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.heads import VocabularyHead
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
+from uoe_parallel.training.engine import DTYPES
+
+_INDEX = 8  # bytes of an int64
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What is held for one reason or another."""
+
+    activations: int = 0
+    """Kept for backward."""
+    dispatch: int = 0
+    """Rows on their way between ranks, and those of other ranks that are kept."""
+    working: int = 0
+    """For as long as something is computed."""
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.dispatch + self.working
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(
+            self.activations + other.activations,
+            self.dispatch + other.dispatch,
+            self.working + other.working,
+        )
+
+    def times(self, number: int) -> Bytes:
+        """So many of these."""
+        return Bytes(self.activations * number, self.dispatch * number, self.working * number)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a backward pass at which much may be held."""
+
+    held: Bytes
+    """Of what was kept, and what is computed with."""
+    making: Sequence[nn.Parameter] = ()
+    """Parameters whose gradients are computed at this point."""
+    made: Sequence[nn.Parameter] = ()
+    """Those whose gradients the pass has computed before."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a stage, in one micro-batch."""
+
+    kept: Bytes
+    """After its forward pass."""
+    forward: Bytes
+    """The most that its forward pass needs, with what it keeps."""
+    points: list[Point] = field(default_factory=list)
+    """Of its backward pass, in order."""
+    params: Sequence[nn.Parameter] = ()
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts one after the other as one."""
+    below = [Bytes()]
+    for part in parts:
+        below.append(below[-1] + part.kept)
+    forwards = [kept + part.forward for kept, part in zip(below, parts, strict=False)]
+    points: list[Point] = []
+    made: list[nn.Parameter] = []
+    for kept, part in zip(reversed(below[:-1]), reversed(parts), strict=True):
+        points += [
+            Point(kept + point.held, point.making, (*made, *point.made)) for point in part.points
+        ]
+        made += part.params
+    forward = max(forwards, key=lambda held: held.total)
+    return Part(below[-1], forward, points, made)
+
+
+def padded_rows(lengths: Sequence[int]) -> int:
+    """Rows of runs of these lengths as `experts.padded` lays them out on a CPU."""
+    size_G = torch.tensor(lengths, dtype=torch.int64).clamp(min=1)
+    class_G = (size_G.double().log2() + 0.5).ceil()
+    return sum(
+        int((class_G == number).sum()) * int(size_G[class_G == number].max())
+        for number in class_G.unique()
+    )
+
+
+class Activations:
+    """Of one micro-batch in a rank's stage, on a CPU or on CUDA, whose kernels differ."""
+
+    def __init__(
+        self, model: LanguageModel, config: RunConfig, work: Workload, *, on_cuda: bool
+    ) -> None:
+        dtype = DTYPES[config.training.precision]
+        self.model = model
+        self.config = config
+        self.work = work
+        self.on_cuda = on_cuda
+        self.element = dtype.itemsize
+        self.precise = torch.promote_types(dtype, torch.float32).itemsize
+        self.tokens = config.training.micro_batch_size * config.model.sequence_length
+        self.own_tokens = self.tokens // model.num_shards
+        self.width = config.model.hidden_size
+        self.recompute = config.training.recompute
+
+    @property
+    def row(self) -> int:
+        """Bytes of a token's hidden state."""
+        return self.width * self.element
+
+    @property
+    def shard(self) -> int:
+        """Of the hidden states that lie on this rank between blocks."""
+        return self.own_tokens * self.row
+
+    def stage(self) -> Part:
+        """All of it."""
+        return joined(list(self._parts()))
+
+    def _parts(self) -> Iterator[Part]:
+        yield self._entry()
+        for number, layer in self.model.layers.items():
+            assert isinstance(layer, TransformerBlock)
+            blocks = [
+                self._block(f"layers.{number}.attention", layer.attention),
+                self._block(f"layers.{number}.feed_forward", layer.feed_forward),
+            ]
+            norms = layer.attention_norm, layer.feed_forward_norm
+            blocks = [self._with_norm(b, list(n.parameters())) for b, n in zip(blocks, norms)]
+            if layer.recompute:
+                yield self._recomputed(joined(blocks), self.shard)
+            else:
+                yield from blocks
+        if self.model.groups.is_last_stage:
+            yield self._head()
+
+    def _entry(self) -> Part:
+        """What the layers start from: embedded or received."""
+        held = Bytes(activations=self.shard)
+        params = () if self.model.embedding is None else tuple(self.model.embedding.parameters())
+        if not self.model.groups.is_first_stage:
+            return Part(held, held, [])
+        point = Point(held + Bytes(working=2 * self.shard), making=params)
+        return Part(held, held + Bytes(working=self.tokens * self.row), [point], params)
+
+    def _recomputed(self, part: Part, output: int) -> Part:
+        """One of which the first pass keeps nothing but its `output`, and the second, in backward,
+        all."""
+        kept = Bytes(activations=output)
+        points = [replace(p, held=p.held + kept) for p in part.points]
+        return Part(kept, part.forward, points, part.params)
+
+    def _with_norm(self, block: Part, norm: Sequence[nn.Parameter]) -> Part:
+        """A block between its norm and its residual sum."""
+        tokens, width = self.own_tokens, self.width
+        factors = tokens * self.precise
+        if not self.on_cuda:  # torch's has the product without the weight, and its input precise
+            factors += tokens * width * self.precise * (1 if self.precise == self.element else 2)
+        dropped = tokens * width * (1 if self.on_cuda else self.element)
+        dropped = dropped if self.config.model.dropout > 0 else 0
+        normed = Bytes(activations=factors)
+        working = Bytes(working=self.shard + 4 * tokens * width * self.precise)
+        before = Part(normed, normed + working, [Point(normed + working, norm)], norm)
+        result = Bytes(activations=self.shard + dropped)
+        after = Part(result, result)
+        # The sum comes after all of the block, and its gradient before and beside.
+        carried = Bytes(working=self.shard)
+        points = [replace(p, held=p.held + carried) for p in block.points]
+        return joined([before, replace(block, points=points), after])
+
+    def _block(self, name: str, block: DenseBlock) -> Part:
+        """With what it keeps of its input."""
+        experts = block.experts
+        if isinstance(block, RoutedBlock):
+            return self._routed(block, self.work[name])
+        part = (
+            self._dense_feed_forward(experts)
+            if isinstance(experts, UnionOfMLPExperts)
+            else self._dense_attention(experts)
+        )
+        # Of sharded tokens the linear keeps its own shard, and gathers the others again.
+        own = Part(Bytes(activations=self.shard), Bytes(activations=self.shard))
+        return joined([own, part])
+
+    def _dense_feed_forward(self, experts: UnionOfMLPExperts) -> Part:
+        active = self.tokens * experts.fc2.input_size_per_partition * self.element
+        hidden = active * (2 if experts.gated else 1)
+        kept = hidden if self.recompute == "selective" else 2 * hidden
+        whole = self.tokens * self.row
+        fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
+        act = 5 if experts.gated else 2
+        inner = hidden + active * (2 if experts.gated else 1)
+        points = [
+            Point(_held(inner, whole + active), fc2),
+            Point(_held(inner - active, act * active), (), fc2),
+            Point(_held(0, hidden + 2 * whole), fc1, fc2),
+        ]
+        return Part(_held(kept, 0), _held(inner, whole + active), points, (*fc1, *fc2))
+
+    def _dense_attention(self, experts: nn.Module) -> Part:
+        assert isinstance(experts, SelectiveMultiHeadAttention)
+        queries = self.tokens * experts.output.input_size_per_partition * self.element
+        projected = self.tokens * experts.qkv.output_size_per_partition * self.element
+        heads = experts.output.input_size_per_partition // experts.head_width
+        sums = self.tokens * heads * self.precise
+        inner = projected + 2 * queries + sums
+        kept = projected + queries if self.recompute == "selective" else inner
+        again = projected if self.recompute == "selective" else 0
+        whole = self.tokens * self.row
+        qkv, output = list(experts.qkv.parameters()), list(experts.output.parameters())
+        inner += again
+        points = [
+            Point(_held(kept, whole + queries), output),
+            Point(_held(inner, 5 * queries), (), output),
+            Point(_held(again, 3 * projected), (), output),
+            Point(_held(0, projected + 2 * whole), qkv, output),
+        ]
+        return Part(_held(kept, 0), _held(inner, projected + whole), points, (*qkv, *output))
+
+    def _routed(self, block: RoutedBlock, work: BlockWork) -> Part:
+        """Router, dispatch, experts and combine."""
+        experts = block.experts
+        arithmetic = (
+            self._feed_forward(experts, work)
+            if isinstance(experts, UnionOfMLPExperts)
+            else self._attention(experts, work)
+        )
+        rows = work.rows * self.row
+        if block.recompute:
+            held = Bytes(working=2 * rows)  # the result and its gradient
+            points = [replace(p, held=p.held + held) for p in arithmetic.points]
+            arithmetic = Part(Bytes(), arithmetic.forward, points, arithmetic.params)
+        keeps_rows = block.recompute or isinstance(experts, SelectiveMultiHeadAttention)
+        parts = [self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic]
+        return joined(parts)
+
+    def _router(self, block: RoutedBlock) -> Part:
+        """Its input, scores, gates and probabilities of each level."""
+        pairs = self.own_tokens * block.router.num_experts
+        levels = len(block.router.levels)
+        kept = self.own_tokens * self.width * self.precise
+        kept += levels * (4 * pairs * self.precise + pairs + self.own_tokens * self.precise)
+        weights = [block.get_parameter(name) for name in block.router.levels]
+        working = Bytes(working=2 * self.own_tokens * self.width * self.precise)
+        held = Bytes(activations=kept)
+        return Part(
+            held,
+            held + Bytes(working=3 * pairs * self.precise),
+            [Point(held + working, weights)],
+            weights,
+        )
+
+    def _dispatch(self, block: RoutedBlock, work: BlockWork, keeps_rows: bool) -> list[Part]:
+        """Rows to where the experts are, and their sums back."""
+        pairs, rows = work.pairs, work.rows * self.row
+        indices = _INDEX * (3 * pairs + work.rows) + self.precise * pairs
+        if not block.spreads_tokens:
+            # Hidden states that nothing else keeps.
+            own = rows if keeps_rows and self.precise != self.element else 0
+            held = Bytes(activations=indices + own)
+            back = Bytes(working=2 * rows)
+            return [Part(held, held + back, [Point(held + back)])]
+        sent = work.sent_rows * self.row
+        indices += _INDEX * (2 * work.sent_rows + 2 * work.sent_pairs + pairs)
+        held = Bytes(indices, rows if keeps_rows else 0)
+        travelling = Bytes(dispatch=sent + rows)
+        return [Part(held, held + travelling + Bytes(dispatch=rows), [Point(held + travelling)])]
+
+    def _chunk(self, work: BlockWork, experts: int) -> int:
+        """Bytes of pairs' results that wait to be summed."""
+        result = work.pairs * self.row
+        if self.on_cuda or result <= CHUNK_BYTES:
+            return result
+        runs = len(work.run_lengths) // experts
+        lengths = work.run_lengths
+        counts = [sum(lengths[i : i + runs]) for i in range(0, len(lengths), runs)]
+        return max(CHUNK_BYTES, max(counts) * self.row)
+
+    def _feed_forward(self, experts: UnionOfMLPExperts, work: BlockWork) -> Part:
+        active = work.pairs * experts.expert_width * self.element
+        hidden = active * (2 if experts.gated else 1)
+        copies, rows = work.pairs * self.row, work.rows * self.row
+        kept = copies + hidden + active
+        chunk = self._chunk(work, experts.fc1.num_local_slices)
+        fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
+        points = [
+            Point(_held(kept, rows + chunk + active), fc2),
+            Point(_held(copies + hidden, (6 if experts.gated else 3) * active), (), fc2),
+            Point(_held(copies, hidden), fc1, fc2),
+            Point(_held(0, copies + rows), (), (*fc1, *fc2)),
+        ]
+        return Part(_held(kept, 0), _held(kept, rows + chunk), points, (*fc1, *fc2))
+
+    def _attention(self, experts: nn.Module, work: BlockWork) -> Part:
+        assert isinstance(experts, SelectiveMultiHeadAttention)
+        number, wide = experts.queries_per_expert, experts.head_width * self.element
+        pairs, rows = work.pairs, work.rows * self.row
+        queries = pairs * number * wide
+        projected = pairs * (number + 2) * wide
+        copies = pairs * self.row
+        padded = pairs if self.on_cuda else padded_rows(work.run_lengths)
+        places = padded * (number + 2) * wide
+        sums = padded * number * self.precise
+        kept = places + sums + 2 * queries + 2 * _INDEX * pairs
+        chunk = self._chunk(work, experts.qkv.num_local_slices)
+        qkv, output = list(experts.qkv.parameters()), list(experts.output.parameters())
+        pads = padded * number * wide
+        points = [
+            Point(_held(kept, rows + chunk + queries), output),
+            Point(_held(kept, 3 * queries), (), output),
+            Point(_held(kept - queries, queries + 5 * pads + places), (), output),
+            Point(_held(0, 3 * projected), (), output),
+            Point(_held(0, projected + copies), qkv, output),
+            Point(_held(0, copies + rows), (), (*qkv, *output)),
+        ]
+        forward = max(copies + 2 * projected, kept + rows + chunk)
+        return Part(_held(kept, 0), _held(0, forward), points, (*qkv, *output))
+
+    def _head(self) -> Part:
+        head, norm = self.model.head, self.model.final_norm
+        assert head is not None and norm is not None
+        own = Bytes(activations=self.own_tokens * (self.row + self.precise))
+        if not self.on_cuda:
+            own += Bytes(activations=self.own_tokens * self.width * self.precise)
+        if not isinstance(head, VocabularyHead):
+            return Part(own, own, [Point(own)], [*norm.parameters(), *head.parameters()])
+        size = self.tokens * head.logits.output_size_per_partition
+        logits = size * self.precise
+        weights = list(head.parameters()) or list(self._tied())
+        cast = size * self.element if self.element != self.precise else 0
+        whole = self.tokens * self.row
+        held = own + Bytes(activations=logits)
+        points = [Point(held + Bytes(working=cast + whole), weights)]
+        return Part(held, held + Bytes(working=cast), points, [*weights, *norm.parameters()])
+
+    def _tied(self) -> Iterable[nn.Parameter]:
+        assert self.model.embedding is not None
+        return self.model.embedding.tokens.parameters()
+
+
+def _held(kept: int, working: int) -> Bytes:
+    return Bytes(activations=kept, working=working)

@@ -1,0 +1,127 @@
+"""What DeepSpeed holds beside the model's states, at the moments of a step.
+
+By its own rules of each ZeRO stage, followed as in `reduction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+from torch import nn
+
+from uoe_parallel.analysis.reduction import closed_at
+from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.zero3 import most_gathered
+from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.parallel.sharding import is_wide
+
+_NORM = 8  # bytes of an fp64
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of gradients, however far they have come, and of buffers."""
+
+    gradients: int
+    buffers: int
+
+
+class StepBuffers(StateRules):
+    """Of a step of so many micro-batches."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, micro_batches: int) -> None:
+        super().__init__(model, config)
+        self.states = self.model_states()
+        self.is_accumulated = micro_batches > 1
+        """Whether a backward pass finds gradients of another one."""
+        self.params = list(model.parameters())
+        self.size = _size(self.params)
+        self.largest = max(param.numel() for param in self.params)
+        self.bucket = self._bucket()
+        self.gathered = self.element * most_gathered(self) if self.stage == 3 else 0
+
+    def _bucket(self) -> int:
+        """Bytes of what gradients are put together in, contiguous, before they are reduced."""
+        if self.stage == 0 or self.is_flat_bf16 or not self.zero.contiguous_gradients:
+            return 0
+        number = 2 if self.zero.overlap_comm and self.stage != 3 else 1
+        return number * int(self.zero.reduce_bucket_size) * self.element
+
+    def forward(self) -> Held:
+        """While a forward pass goes on."""
+        if self.stage == 3:
+            return Held(self.states.gradients, self.bucket + self.gathered)
+        return Held(self._before(), 0)
+
+    def backward(self, made: Sequence[nn.Parameter], making: Sequence[nn.Parameter]) -> Held:
+        """While a pass computes the gradients of `making`, those of `made` done."""
+        new, here = _size(making), _size(made)
+        if self.is_flat_bf16:
+            return Held(self._before() + self.element * (here + new), 4 * new)
+        if self.stage == 3:
+            buffers = self.bucket + self.gathered + 2 * self.element * self._waiting(here)
+            return Held(self.states.gradients + self.element * new, buffers)
+        if self.stage == 2:
+            reduced = self._before() + self.element * min(here, self._own())
+            return Held(reduced + self.element * new, self.bucket)
+        sums = self.size if self.is_accumulated else here
+        return Held(self.element * (sums + new), self.bucket if here else 0)
+
+    def optimizer(self) -> Iterator[Held]:
+        """From the last backward pass to the next step."""
+        if self.is_flat_bf16:
+            flat = max(closed_at(map(self.padded_size, self.parameter_groups), _AT_ONCE))
+            yield Held(self.states.gradients, 4 * flat)
+            yield Held(self.states.gradients, _NORM * self.largest)
+        elif self.stage == 0:
+            yield from self._plain()
+        elif self.stage == 3:
+            part = max(
+                max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
+                for group in self.parameter_groups
+            )
+            yield Held(self.states.gradients, self.bucket + self.gathered + 2 * 4 * part)
+        else:
+            yield from self._partitioned()
+
+    def _before(self) -> int:
+        """Of gradients, as a pass finds them."""
+        if self.is_flat_bf16:
+            return self.states.gradients - self.element * self.size
+        return self.states.gradients if self.is_accumulated else 0
+
+    def _own(self) -> int:
+        """Elements of which ZeRO 2 keeps the gradients."""
+        return sum(map(self.touched, self.parameter_groups))
+
+    def _waiting(self, made: int) -> int:
+        """Elements of a bucket that is reduced while gradients are still to come."""
+        return min(made, int(self.zero.reduce_bucket_size))
+
+    def _plain(self) -> Iterator[Held]:
+        """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
+        kinds = [[p.numel() for p in self.params if is_wide(p) == wide] for wide in (False, True)]
+        flat = max(max(closed_at(sizes, _AT_ONCE), default=0) for sizes in kinds)
+        cast = self.reduced_element if self.reduced_element != self.element else 0
+        yield Held(self.states.gradients, (self.element + cast) * flat)
+        masters = (self.element + 4) * self.size if self.is_bf16 else 0
+        yield Held(self.states.gradients, masters + _NORM * self.largest)
+
+    def _partitioned(self) -> Iterator[Held]:
+        """ZeRO 1 and 2: own gradients are flattened group by group."""
+        own, part = self._own(), max(map(self.part_size, self.parameter_groups))
+        if self.stage == 1:
+            waiting = self.element * (self.size + own)
+            yield Held(waiting, self.bucket)
+        yield Held(self.element * own, 4 * part)
+        yield Held(self.element * own, _NORM * self.largest)
+
+
+_AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1
+
+
+def _size(params: Iterable[nn.Parameter]) -> int:
+    return sum(param.numel() for param in params)
