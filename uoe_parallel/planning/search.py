@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from uoe_parallel.analysis.memory import StepMemory
-from uoe_parallel.analysis.simulate import build_stage, simulated_groups
-from uoe_parallel.analysis.traffic import micro_batches
-from uoe_parallel.config import yaml_text
-from uoe_parallel.config.schema import ParallelConfig, Recompute, RunConfig
+from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.parallel.layout import (
     ParallelLayout,
     candidate_layouts,
@@ -18,64 +14,7 @@ from uoe_parallel.parallel.layout import (
     with_parallel,
 )
 from uoe_parallel.planning.hardware import Hardware
-from uoe_parallel.planning.stage import (
-    RECOMPUTES,
-    Rank,
-    first_rank,
-    representative_stages,
-    routes_of,
-    with_recompute,
-)
-from uoe_parallel.planning.time import StageTime, StepTime, step_time
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a search may change of a config."""
-
-    parallel: ParallelConfig
-    micro_batch_size: int
-    recompute: Recompute
-
-    def of(self, config: RunConfig) -> RunConfig:
-        """`config` with this choice."""
-        return config.model_copy(
-            update={
-                "parallel": self.parallel,
-                "training": config.training.model_copy(
-                    update={
-                        "micro_batch_size": self.micro_batch_size,
-                        "recompute": self.recompute,
-                    }
-                ),
-            }
-        )
-
-    def as_yaml(self) -> str:
-        """The sections and fields to put into the config's file."""
-        training = {"micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
-        return yaml_text.dump({"parallel": self.parallel.model_dump(), "training": training})
-
-
-@dataclass(frozen=True)
-class Found:
-    """The fastest way to run a layout that fits."""
-
-    layout: ParallelLayout
-    choice: Choice
-    time: StepTime
-    needed: int
-    """Bytes of the fullest device."""
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A rank that needs more than its device has."""
-
-    needed: int
-    rank: int
-    part: str
-    """The field of `StepMemory` that is the largest."""
+from uoe_parallel.planning.variants import Choice, Found, Misfit, Variant, outcomes
 
 
 @dataclass
@@ -103,10 +42,6 @@ class Search:
         return self.found[0] if self.found else None
 
 
-Variant = tuple[ParallelConfig, int]
-"""A layout and a micro-batch size."""
-
-
 def search(config: RunConfig, world_size: int, hardware: Hardware) -> Search:
     """All layouts of `world_size` devices, with every micro-batch size that is a power of two and
     the least recomputation that makes it fit.
@@ -117,9 +52,9 @@ def search(config: RunConfig, world_size: int, hardware: Hardware) -> Search:
     hardware.peak(config.training.precision)
     result = Search()
     for variants in _by_axes(config, world_size, hardware, result.refused):
-        outcomes = _outcomes(config, world_size, hardware, variants)
+        of_axes = outcomes(config, world_size, hardware, variants)
         for parallel in dict.fromkeys(parallel for parallel, _ in variants):
-            tried = [outcome for (other, _), outcome in outcomes.items() if other is parallel]
+            tried = [outcome for (other, _), outcome in of_axes.items() if other is parallel]
             fitting = [outcome for outcome in tried if isinstance(outcome, Found)]
             if fitting:
                 result.found.append(min(fitting, key=lambda found: found.time.seconds))
@@ -160,61 +95,6 @@ def _sizes(config: RunConfig, parallel: ParallelConfig, world_size: int) -> list
     sequences = config.training.global_batch_size * parallel.tensor * parallel.pipeline
     each = sequences // world_size
     return [2**n for n in range(each.bit_length()) if each % 2**n == 0]
-
-
-def _outcomes(
-    config: RunConfig, world_size: int, hardware: Hardware, variants: Sequence[Variant]
-) -> dict[Variant, Found | Misfit]:
-    """Of each variant, with the least recomputation that makes it fit."""
-    outcomes: dict[Variant, Found | Misfit] = {}
-    left = list(variants)
-    for recompute in RECOMPUTES:
-        outcomes |= _with(with_recompute(config, recompute), world_size, hardware, left)
-        left = [variant for variant in left if isinstance(outcomes[variant], Misfit)]
-        if not left:
-            break
-    return outcomes
-
-
-def _with(
-    config: RunConfig, world_size: int, hardware: Hardware, variants: Sequence[Variant]
-) -> dict[Variant, Found | Misfit]:
-    """Of variants of the same axes, with this config's recomputation."""
-    choices = {v: Choice(*v, config.training.recompute) for v in variants}
-    axes = with_parallel(config, variants[0][0])
-    layout = ParallelLayout.from_config(axes.parallel, world_size)
-    misfits: dict[Variant, Misfit] = {}
-    times: dict[Variant, list[StageTime]] = defaultdict(list)
-    needed: dict[Variant, int] = defaultdict(int)
-    for stage in representative_stages(axes, layout):
-        number = first_rank(layout, stage)
-        with simulated_groups(layout, number) as groups:
-            model = build_stage(axes, groups)
-            routes = routes_of(model, hardware)
-            for variant in variants:
-                if variant in misfits:
-                    continue
-                rank = Rank(model, choices[variant].of(config), hardware, routes)
-                needed[variant] = max(needed[variant], hardware.needed(rank.memory.peak))
-                if rank.fits:
-                    times[variant].append(rank.time)
-                else:
-                    part = _largest(rank.memory)
-                    misfits[variant] = Misfit(needed[variant], number, part)
-    outcomes: dict[Variant, Found | Misfit] = dict(misfits)
-    for variant in variants:
-        if variant not in misfits:
-            parallel = variant[0]
-            its_layout = ParallelLayout.from_config(parallel, world_size)
-            batches = micro_batches(choices[variant].of(config), layout)
-            time = step_time(times[variant], layout.pipeline, batches)
-            outcomes[variant] = Found(its_layout, choices[variant], time, needed[variant])
-    return outcomes
-
-
-def _largest(memory: StepMemory) -> str:
-    parts = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "moment"}
-    return max(parts, key=lambda name: parts[name])
 
 
 def _refuse_misfit(

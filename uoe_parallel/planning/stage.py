@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
+from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
 from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
 from uoe_parallel.analysis.transfer import Transfer, group_ranks
-from uoe_parallel.analysis.work import expected_exchanges, expected_work, worst_work
+from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_work, worst_work
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
-from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import Hardware
@@ -57,40 +60,54 @@ class Rank:
         hardware: Hardware,
         routes: Mapping[str, Route] | None = None,
     ) -> None:
-        """model: its stage, in the groups of a simulated world that is still open. config: another
-        ZeRO stage or micro-batch size than the model was built with is fine. routes: as `routes_of`
-        gives them, if they are there already."""
+        """model: its stage, in the groups of a simulated world that is still open. config:
+        may differ from that which the model was built with in ZeRO stage, micro-batch size and
+        recomputation. routes: as `routes_of` gives them, if they are there already."""
         self.model, self.config, self.hardware = model, config, hardware
         self._routes = routes
-        self.work = expected_work(model, config)
+        self.on_cuda = hardware.device == "cuda"
 
     @property
     def routes(self) -> Mapping[str, Route]:
         return self._routes or routes_of(self.model, self.hardware)
 
     @cached_property
+    def work(self) -> Workload:
+        """Expected, of a micro-batch."""
+        return expected_work(self.model, self.config)
+
+    @cached_property
     def memory(self) -> StepMemory:
         """With expected routes."""
-        return step_memory(self.model, self.config, self.work)
+        return self._memory(self.work)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of its device."""
+        return self.hardware.needed(self.memory.peak)
 
     @property
     def fits(self) -> bool:
-        return self.hardware.needed(self.memory.peak) <= self.hardware.memory
+        return self.needed <= self.hardware.memory
 
     @cached_property
     def worst_memory(self) -> StepMemory:
         """With the routes that give this rank the most."""
-        return step_memory(self.model, self.config, worst_work(self.model, self.config))
+        return self._memory(worst_work(self.model, self.config))
+
+    def _memory(self, work: Workload) -> StepMemory:
+        _set_recompute(self.model, self.config.training.recompute)
+        return step_memory(self.model, self.config, work, on_cuda=self.on_cuda)
 
     @cached_property
     def computations(self) -> list[Computation]:
         """Of a micro-batch."""
-        pads = self.hardware.device == "cpu"
-        return micro_batch_flops(self.model, self.config, self.work, pads=pads)
+        return micro_batch_flops(self.model, self.config, self.work, pads=not self.on_cuda)
 
     @cached_property
     def traffic(self) -> list[Transfer]:
         """Of a step."""
+        _set_recompute(self.model, self.config.training.recompute)
         return step_traffic(self.model, self.config, expected_exchanges(self.model, self.config))
 
     @cached_property
@@ -98,7 +115,7 @@ class Rank:
         rules = StateRules(self.model, self.config)
         work = Work(
             computations=self.computations,
-            kept=self._kept_without_recomputation(),
+            kept=self._kept(),
             weights=rules.element * sum(p.numel() for p in self.model.parameters()),
             states=rules.model_states(),
             traffic=self.traffic,
@@ -107,14 +124,29 @@ class Rank:
         )
         return stage_time(work, self.routes, self.hardware, self.config.training.precision)
 
-    def _kept_without_recomputation(self) -> int:
-        memory = step_memory(self.model, with_recompute(self.config, "none"), self.work, 1)
-        return memory.activations + memory.dispatch
+    def _kept(self) -> int:
+        """Bytes that a micro-batch would keep without recomputation."""
+        plain = with_recompute(self.config, "none")
+        _set_recompute(self.model, "none")
+        stage = Activations(self.model, plain, self.work, on_cuda=self.on_cuda).stage()
+        return stage.kept.total
 
 
 def routes_of(model: LanguageModel, hardware: Hardware) -> dict[str, Route]:
     """Of all groups of this rank."""
     return {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
+
+
+def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:
+    # Building a stage takes longer than everything that is asked of it.
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            module.recompute = recompute == "full"
+        elif isinstance(module, DenseBlock):
+            experts: Any = module.experts
+            experts.recompute = recompute == "selective"
+            if isinstance(module, RoutedBlock):
+                module.recompute = experts.recompute
 
 
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
