@@ -15,7 +15,7 @@ from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_work, worst_work
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
-from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -139,14 +139,14 @@ def routes_of(model: LanguageModel, hardware: Hardware) -> dict[str, Route]:
 
 def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:
     # Building a stage takes longer than everything that is asked of it.
-    for module in model.modules():
-        if isinstance(module, TransformerBlock):
-            module.recompute = recompute == "full"
-        elif isinstance(module, DenseBlock):
-            experts: Any = module.experts
+    for layer in model.layers.values():
+        assert isinstance(layer, TransformerBlock)
+        layer.recompute = recompute == "full"
+        for block in (layer.attention, layer.feed_forward):
+            experts: Any = block.experts
             experts.recompute = recompute == "selective"
-            if isinstance(module, RoutedBlock):
-                module.recompute = experts.recompute
+            if isinstance(block, RoutedBlock):
+                block.recompute = experts.recompute
 
 
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
