@@ -8,7 +8,7 @@ router; what is smaller, such as a value per document, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,6 +106,19 @@ def padded_rows(lengths: Sequence[int]) -> int:
     )
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Bytes of attention to selected or to all keys."""
+
+    kept: int
+    keys: int
+    """Kept of keys and values as they were projected."""
+    rows: int
+    """Of all tokens, that keys and values are projected from."""
+    forward: int
+    backward: int
+
+
 class Activations:
     """Of one micro-batch in a rank's stage, on a CPU or on CUDA, whose kernels differ."""
 
@@ -136,7 +149,14 @@ class Activations:
 
     def stage(self) -> Part:
         """All of it."""
-        return joined(list(self._parts()))
+        stage = joined(list(self._parts()))
+        model = self.model
+        if not (model.tied and model.embedding is not None and model.groups.is_last_stage):
+            return stage
+        # The head's gradient of a tied weight waits for the embedding's to be added.
+        tied = self.element * sum(p.numel() for p in model.embedding.parameters())
+        waiting = Bytes(working=tied)
+        return replace(stage, points=[replace(p, held=p.held + waiting) for p in stage.points])
 
     def _parts(self) -> Iterator[Part]:
         yield self._entry()
@@ -147,7 +167,10 @@ class Activations:
                 self._block(f"layers.{number}.feed_forward", layer.feed_forward),
             ]
             norms = layer.attention_norm, layer.feed_forward_norm
-            blocks = [self._with_norm(b, list(n.parameters())) for b, n in zip(blocks, norms)]
+            blocks = [
+                self._with_norm(block, list(norm.parameters()))
+                for block, norm in zip(blocks, norms, strict=True)
+            ]
             if layer.recompute:
                 yield self._recomputed(joined(blocks), self.shard)
             else:
@@ -160,7 +183,7 @@ class Activations:
         held = Bytes(activations=self.shard)
         params = () if self.model.embedding is None else tuple(self.model.embedding.parameters())
         if not self.model.groups.is_first_stage:
-            return Part(held, held, [])
+            return Part(held, held, [], params)
         point = Point(held + Bytes(working=2 * self.shard), making=params)
         return Part(held, held + Bytes(working=self.tokens * self.row), [point], params)
 
@@ -209,7 +232,7 @@ class Activations:
         kept = hidden if self.recompute == "selective" else 2 * hidden
         whole = self.tokens * self.row
         fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
-        act = 5 if experts.gated else 2
+        act = 3 if experts.gated else 2
         inner = hidden + active * (2 if experts.gated else 1)
         points = [
             Point(_held(inner, whole + active), fc2),
@@ -314,28 +337,59 @@ class Activations:
 
     def _attention(self, experts: nn.Module, work: BlockWork) -> Part:
         assert isinstance(experts, SelectiveMultiHeadAttention)
-        number, wide = experts.queries_per_expert, experts.head_width * self.element
-        pairs, rows = work.pairs, work.rows * self.row
-        queries = pairs * number * wide
-        projected = pairs * (number + 2) * wide
-        copies = pairs * self.row
-        padded = pairs if self.on_cuda else padded_rows(work.run_lengths)
-        places = padded * (number + 2) * wide
-        sums = padded * number * self.precise
-        kept = places + sums + 2 * queries + 2 * _INDEX * pairs
+        wide, rows = experts.head_width * self.element, work.rows * self.row
+        queries = work.pairs * experts.queries_per_expert * wide
+        projected = queries + (0 if experts.needs_all_rows else 2 * work.pairs * wide)
+        copies = work.pairs * self.row
         chunk = self._chunk(work, experts.qkv.num_local_slices)
         qkv, output = list(experts.qkv.parameters()), list(experts.output.parameters())
-        pads = padded * number * wide
+        attention = self._attend(experts, work)
+        # Queries' part of the weight has a gradient of the size of the whole one.
+        others = self.element * sum(p.numel() for p in qkv) if experts.needs_all_rows else 0
+        gated = Part(_held(2 * queries, 0), _held(2 * queries, rows + chunk))
+        keys = attention.keys + (attention.rows if experts.needs_all_rows else 0)
+        inner = attention.kept + keys
+        kept = inner + 2 * queries
         points = [
             Point(_held(kept, rows + chunk + queries), output),
             Point(_held(kept, 3 * queries), (), output),
-            Point(_held(kept - queries, queries + 5 * pads + places), (), output),
-            Point(_held(0, 3 * projected), (), output),
-            Point(_held(0, projected + copies), qkv, output),
-            Point(_held(0, copies + rows), (), (*qkv, *output)),
+            Point(_held(kept - queries, queries + attention.backward), (), output),
+            Point(_held(keys, 3 * projected), (), output),
+            Point(_held(keys, projected + copies + others), qkv, output),
+            Point(_held(0, copies + rows + keys), (), (*qkv, *output)),
         ]
-        forward = max(copies + 2 * projected, kept + rows + chunk)
-        return Part(_held(kept, 0), _held(0, forward), points, (*qkv, *output))
+        forward = max(copies + 2 * projected, inner + attention.forward, kept + rows + chunk)
+        return Part(gated.kept + _held(inner, 0), _held(0, forward), points, (*qkv, *output))
+
+    def _attend(self, experts: SelectiveMultiHeadAttention, work: BlockWork) -> _Attention:
+        """From rotated queries, keys and values to what queries attend to."""
+        number, wide = experts.queries_per_expert, experts.head_width * self.element
+        runs, pairs, dropout = work.run_lengths, work.pairs, self.config.model.attention_dropout
+        queries = pairs * number * wide
+        every = experts.needs_all_rows
+        key_runs = [work.rows * experts.qkv.num_local_slices // len(runs)] * len(runs)
+        keys = sum(key_runs) if every else pairs
+        # Of all tokens' keys and values, their rows, gathered from whole sequences.
+        rows = work.rows * self.row
+        if self.on_cuda and dropout == 0 and not (experts.causal and every):
+            kept = (0 if every else 2 * keys * wide) + queries + pairs * number * self.precise
+            # Gradients of keys and values come for each query head.
+            backward = 3 * queries + 2 * (number + 1) * keys * wide
+            return _Attention(kept, 2 * keys * wide if every else 0, rows, 0, backward)
+        if experts.causal and not every and dropout == 0:
+            padded = padded_rows(runs)
+            places, sums = padded * (number + 2) * wide, padded * number * self.precise
+            backward = 5 * padded * number * wide + places
+            return _Attention(places + sums + 2 * _INDEX * pairs, 0, 0, 0, backward)
+        longest = max(1, *runs)
+        padded = len(runs) * longest if every else padded_rows(runs)
+        padded_keys = sum(key_runs) if every else padded
+        places = padded * number * wide
+        mask = padded * max(key_runs) * self.element if every and experts.causal else 0
+        kept = queries + 2 * places + 2 * padded_keys * wide + mask
+        kept += padded * number * self.precise + _INDEX * (2 * pairs + keys)
+        backward = 3 * places + 2 * number * padded_keys * wide
+        return _Attention(kept, 2 * keys * wide, rows, mask // self.element, backward)
 
     def _head(self) -> Part:
         head, norm = self.model.head, self.model.final_norm
@@ -347,16 +401,12 @@ class Activations:
             return Part(own, own, [Point(own)], [*norm.parameters(), *head.parameters()])
         size = self.tokens * head.logits.output_size_per_partition
         logits = size * self.precise
-        weights = list(head.parameters()) or list(self._tied())
         cast = size * self.element if self.element != self.precise else 0
-        whole = self.tokens * self.row
         held = own + Bytes(activations=logits)
-        points = [Point(held + Bytes(working=cast + whole), weights)]
-        return Part(held, held + Bytes(working=cast), points, [*weights, *norm.parameters()])
-
-    def _tied(self) -> Iterable[nn.Parameter]:
-        assert self.model.embedding is not None
-        return self.model.embedding.tokens.parameters()
+        back = Bytes(working=cast + self.tokens * self.row)
+        own_params = list(head.parameters())
+        params = [*norm.parameters(), *own_params]
+        return Part(held, held + Bytes(working=cast), [Point(held + back, own_params)], params)
 
 
 def _held(kept: int, working: int) -> Bytes:

@@ -41,7 +41,8 @@ class StepBuffers(StateRules):
         self.size = _size(self.params)
         self.largest = max(param.numel() for param in self.params)
         self.bucket = self._bucket()
-        self.gathered = self.element * most_gathered(self) if self.stage == 3 else 0
+        gathered = most_gathered(self) if self.stage == 3 else (0, 0)
+        self.gathered_forward, self.gathered_backward = (self.element * n for n in gathered)
 
     def _bucket(self) -> int:
         """Bytes of what gradients are put together in, contiguous, before they are reduced."""
@@ -53,7 +54,7 @@ class StepBuffers(StateRules):
     def forward(self) -> Held:
         """While a forward pass goes on."""
         if self.stage == 3:
-            return Held(self.states.gradients, self.bucket + self.gathered)
+            return Held(self.states.gradients, self.bucket + self.gathered_forward)
         return Held(self._before(), 0)
 
     def backward(self, made: Sequence[nn.Parameter], making: Sequence[nn.Parameter]) -> Held:
@@ -61,12 +62,13 @@ class StepBuffers(StateRules):
         new, here = _size(making), _size(made)
         if self.is_flat_bf16:
             return Held(self._before() + self.element * (here + new), 4 * new)
+        waiting = self.element * self._waiting(made)
         if self.stage == 3:
-            buffers = self.bucket + self.gathered + 2 * self.element * self._waiting(here)
-            return Held(self.states.gradients + self.element * new, buffers)
+            buffers = self.bucket + self.gathered_backward
+            return Held(self.states.gradients + self.element * new + waiting, buffers)
         if self.stage == 2:
-            reduced = self._before() + self.element * min(here, self._own())
-            return Held(reduced + self.element * new, self.bucket)
+            reduced = self._before() + (self.element * self._own() if here else 0)
+            return Held(reduced + self.element * new + waiting, self.bucket)
         sums = self.size if self.is_accumulated else here
         return Held(self.element * (sums + new), self.bucket if here else 0)
 
@@ -83,7 +85,7 @@ class StepBuffers(StateRules):
                 max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
                 for group in self.parameter_groups
             )
-            yield Held(self.states.gradients, self.bucket + self.gathered + 2 * 4 * part)
+            yield Held(self.states.gradients, self.bucket + 4 * part)
         else:
             yield from self._partitioned()
 
@@ -97,9 +99,11 @@ class StepBuffers(StateRules):
         """Elements of which ZeRO 2 keeps the gradients."""
         return sum(map(self.touched, self.parameter_groups))
 
-    def _waiting(self, made: int) -> int:
-        """Elements of a bucket that is reduced while gradients are still to come."""
-        return min(made, int(self.zero.reduce_bucket_size))
+    def _waiting(self, made: Sequence[nn.Parameter]) -> int:
+        """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
+        next one comes."""
+        last = made[-1].numel() if made else 0
+        return last if last > self.zero.reduce_bucket_size else 0
 
     def _plain(self) -> Iterator[Held]:
         """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""

@@ -30,7 +30,7 @@ class StepMemory:
     activations: int
     """Kept for the backward passes of all micro-batches in flight, logits and losses included."""
     dispatch: int
-    """Rows on their way to experts and back, and those of other ranks that are kept for backward."""
+    """Rows on their way to experts and back, and what is kept of those of other ranks."""
     working: int
     """What the block that computes at this moment, or AdamW, needs on top."""
 

@@ -35,13 +35,23 @@ def gatherings(rules: StateRules) -> Iterator[Gathering]:
     return _Coordinator(rules).run()
 
 
-def most_gathered(rules: StateRules) -> int:
-    """The most elements of weights that are here at a time because they were gathered."""
+def most_gathered(rules: StateRules) -> tuple[int, int]:
+    """The most elements of weights that are here at a time because they were gathered, in a forward
+    and in a backward pass.
+
+    What is gathered together arrives in one piece, of which each weight gets a copy; the piece is
+    kept until the last of them is used.
+    """
     coordinator = _Coordinator(rules)
-    most = 0
-    for _ in coordinator.run():
-        most = max(most, coordinator.gathered)
-    return most
+    forward = backward = left = 0
+    for gathering in coordinator.run():
+        piece = sum(param.numel() for param in gathering.params)
+        most = coordinator.gathered + (piece if len(gathering.params) > 1 else 0)
+        if gathering.phase == "forward":
+            forward, left = max(forward, most), coordinator.gathered
+        else:
+            backward = max(backward, most)
+    return forward, max(backward, left)
 
 
 @dataclass(frozen=True)

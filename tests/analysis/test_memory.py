@@ -1,0 +1,164 @@
+"""The memory that is computed for a simulated rank is what a real one allocates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.analysis.memory import peak_of_step, predict
+from tests.harness import Ranks
+from tests.tiny import tiny_config, write_corpus
+from uoe_parallel.config.schema import RunConfig
+
+DENSE: dict[str, Any] = {"routed_layers": "none"}
+MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "ffn_size": 512,
+    "sequence_length": 256,
+    "bias": False,
+    "init_std": 0.02,
+}
+WIDE: dict[str, Any] = {"hidden_size": 256, "ffn_size": 1024, "sequence_length": 32}
+"""Of which the states are the most."""
+BF16: dict[str, Any] = {"hidden_size": 64, "ffn_size": 256, "sequence_length": 64}
+ONCE: dict[str, Any] = {"global_batch_size": 2}
+ONE_SEQUENCE: dict[str, Any] = {"micro_batch_size": 1}
+QUERIES: dict[str, Any] = {"keys_and_values": "all"}
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {"parallel": {"zero_stage": 0}}),
+    "one once": (1, {"parallel": {"zero_stage": 0}, "training": ONCE}),
+    "dense": (
+        1,
+        {"parallel": {"zero_stage": 1}, "feed_forward": DENSE, "attention": DENSE},
+    ),
+    "dense gelu": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "attention": DENSE,
+            "model": {"activation": "gelu"},
+        },
+    ),
+    "dense selective": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "attention": DENSE,
+            "training": {"recompute": "selective"},
+        },
+    ),
+    "dense full": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "attention": DENSE,
+            "training": {"recompute": "full"},
+        },
+    ),
+    "queries": (1, {"parallel": {"zero_stage": 0}, "attention": QUERIES}),
+    "attention": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "model": {"ffn_size": 128},
+            "attention": {"top_k": 3},
+        },
+    ),
+    "bidirectional": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "model": {"task": "masked_token", "ffn_size": 128},
+            "attention": {"top_k": 4},
+        },
+    ),
+    "selective": (1, {"parallel": {"zero_stage": 0}, "training": {"recompute": "selective"}}),
+    "full": (1, {"parallel": {"zero_stage": 0}, "training": {"recompute": "full"}}),
+    "bucket": (
+        1,
+        {
+            "parallel": {"zero_stage": 1},
+            "deepspeed": {"zero_optimization": {"reduce_bucket_size": 500_000_000}},
+        },
+    ),
+    **{
+        f"bf16 zero{stage}": (
+            1,
+            {
+                "parallel": {"zero_stage": stage},
+                "model": BF16,
+                "training": ONE_SEQUENCE | {"precision": "bf16"},
+            },
+        )
+        for stage in range(4)
+    },
+    **{
+        f"dp2-zero{stage}": (2, {"parallel": {"zero_stage": stage}, "training": ONE_SEQUENCE})
+        for stage in range(4)
+    },
+    **{
+        f"dp2-zero{stage} states": (
+            2,
+            {"parallel": {"zero_stage": stage}, "training": ONE_SEQUENCE, "model": WIDE},
+        )
+        for stage in range(4)
+    },
+    **{
+        f"dp2-zero{stage} states once": (
+            2,
+            {
+                "parallel": {"zero_stage": stage},
+                "training": ONE_SEQUENCE | ONCE,
+                "model": WIDE,
+            },
+        )
+        for stage in (1, 2, 3)
+    },
+    "tp2-sp": (2, {"parallel": {"tensor": 2}}),
+    "tp2": (2, {"parallel": {"tensor": 2, "sequence_parallel": False, "zero_stage": 0}}),
+    "tp2-sp dense": (
+        2,
+        {"parallel": {"tensor": 2, "zero_stage": 0}, "feed_forward": DENSE, "attention": DENSE},
+    ),
+    "tp2-sp queries": (2, {"parallel": {"tensor": 2, "zero_stage": 0}, "attention": QUERIES}),
+    "tp2-sp selective": (2, {"parallel": {"tensor": 2}, "training": {"recompute": "selective"}}),
+    "tp2-sp full": (2, {"parallel": {"tensor": 2}, "training": {"recompute": "full"}}),
+    "dp2-ep2": (2, {"parallel": {"expert": 2}, "training": {"global_batch_size": 8}}),
+    "pp2-zero0": (2, {"parallel": {"pipeline": 2, "zero_stage": 0}, "training": ONE_SEQUENCE}),
+    "pp2-zero1": (2, {"parallel": {"pipeline": 2, "zero_stage": 1}, "training": ONE_SEQUENCE}),
+    "tp2-sp-dp2-ep4": (
+        4,
+        {
+            "parallel": {"tensor": 2, "expert": 4},
+            "attention": {"spread": "expert"},
+            "training": {"global_batch_size": 8},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    world, sections = CASES[name]
+    config = _config(tmp_path, sections)
+    steps = ranks(world).run(peak_of_step, config)
+    work = [step.work for step in steps]
+    (predicted,) = ranks(1).run(predict, config, world, work)
+    for step, memory in zip(steps, predicted, strict=True):
+        print(f"\nRATIO {name:22} {memory.peak / step.peak:.3f} {step.peak / 1e6:.2f} {memory.moment} ", {k: round(v / 1e6, 2) for k, v in vars(memory).items() if k != "moment"})
+        assert 0.9 < memory.peak / step.peak < 1.1
+
+
+def _config(tmp_path: Path, sections: dict[str, Any]) -> RunConfig:
+    corpus = write_corpus(tmp_path / "corpus", 20_000)
+    model = MODEL | sections.get("model", {})
+    small = {"zero_optimization": {"reduce_bucket_size": 50_000}}
+    update = {"model": model, "data": {"train": str(corpus)}, "run_dir": str(tmp_path / "run")}
+    return tiny_config(**{"deepspeed": small} | sections | update)
