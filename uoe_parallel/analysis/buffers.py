@@ -128,4 +128,4 @@ _AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1
 
 
 def _size(params: Iterable[nn.Parameter]) -> int:
-    return sum(param.numel() for param in params)
+    return sum(map(nn.Parameter.numel, params))

@@ -23,6 +23,7 @@ from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.stage import (
     RECOMPUTES,
     Rank,
+    Stage,
     first_rank,
     representative_stages,
     vocabulary,
@@ -144,22 +145,21 @@ def plan(config: RunConfig, world_size: int, hardware: Hardware) -> Plan:
 def _stage(config: RunConfig, layout: ParallelLayout, stage: int, hardware: Hardware) -> StagePlan:
     number = first_rank(layout, stage)
     with simulated_groups(layout, number) as groups:
+        built = Stage(build_stage(config, groups), hardware)
         ranks = {
-            recompute: Rank(build_stage(changed, groups), changed, hardware)
-            for recompute in RECOMPUTES
-            for changed in [with_recompute(config, recompute)]
+            recompute: Rank(built, with_recompute(config, recompute)) for recompute in RECOMPUTES
         }
         rank = ranks[config.training.recompute]
         return StagePlan(
             stage=stage,
             rank=number,
             layers=rank.model.stage_layers[stage],
-            parameters=sum(param.numel() for param in rank.model.parameters()),
+            parameters=built.parameters,
             memory=rank.memory,
             worst_memory=rank.worst_memory,
             recomputing={recompute: other.memory for recompute, other in ranks.items()},
             computations=rank.computations,
             traffic=rank.traffic,
-            group_sizes={name: route.size for name, route in rank.routes.items()},
+            group_sizes={name: route.size for name, route in built.routes.items()},
             time=rank.time,
         )

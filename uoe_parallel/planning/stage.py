@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
-from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.analysis.states import ModelStates, StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
 from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_work, worst_work
@@ -21,6 +21,8 @@ from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.time import Route, StageTime, Work, stage_time
+
+_T = TypeVar("_T")
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """From the fastest to the one that keeps the least."""
@@ -50,31 +52,61 @@ def first_rank(layout: ParallelLayout, stage: int) -> int:
     return stage * (layout.world_size // layout.pipeline)
 
 
-class Rank:
-    """The estimates of one rank, each made when it is asked for."""
+class Stage:
+    """One rank's stage, in the groups of a simulated world that is still open, and what does not
+    depend on all of a config, which is found once."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        config: RunConfig,
-        hardware: Hardware,
-        routes: Mapping[str, Route] | None = None,
-    ) -> None:
-        """model: its stage, in the groups of a simulated world that is still open. config:
-        may differ from that which the model was built with in ZeRO stage, micro-batch size and
-        recomputation. routes: as `routes_of` gives them, if they are there already."""
-        self.model, self.config, self.hardware = model, config, hardware
-        self._routes = routes
+    def __init__(self, model: LanguageModel, hardware: Hardware) -> None:
+        self.model, self.hardware = model, hardware
         self.on_cuda = hardware.device == "cuda"
+        self.routes = {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
+        self.parameters = sum(param.numel() for param in model.parameters())
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, find: Callable[[LanguageModel, RunConfig], _T], config: RunConfig) -> _T:
+        """`find(model, config)`, which must not depend on the ZeRO stage."""
+        training = config.training
+        key = find, training.micro_batch_size, training.recompute
+        if key not in self._found:
+            self._found[key] = find(self.model, config)
+        return self._found[key]
+
+    def computations(self, model: LanguageModel, config: RunConfig) -> list[Computation]:
+        """Of a micro-batch."""
+        work = self.once(expected_work, config)
+        return micro_batch_flops(model, config, work, pads=not self.on_cuda)
+
+    def kept(self, model: LanguageModel, config: RunConfig) -> int:
+        """Bytes that a micro-batch keeps for its backward pass."""
+        _set_recompute(model, config.training.recompute)
+        work = self.once(expected_work, config)
+        return Activations(model, config, work, on_cuda=self.on_cuda).stage().kept.total
+
+    def rules(self, config: RunConfig) -> StateRules:
+        """How DeepSpeed keeps its parameters, which its ZeRO stage decides."""
+        zero_stage = config.parallel.zero_stage
+        if zero_stage not in self._found:
+            self._found[zero_stage] = StateRules(self.model, config)
+        return self._found[zero_stage]
+
+
+class Rank:
+    """The estimates of one rank under a config, each made when it is asked for."""
+
+    def __init__(self, stage: Stage, config: RunConfig) -> None:
+        """config: may differ from that which the stage was built with in ZeRO stage, micro-batch
+        size and recomputation."""
+        self.stage, self.model, self.config = stage, stage.model, config
+        self.hardware, self.on_cuda = stage.hardware, stage.on_cuda
 
     @property
-    def routes(self) -> Mapping[str, Route]:
-        return self._routes or routes_of(self.model, self.hardware)
-
-    @cached_property
     def work(self) -> Workload:
         """Expected, of a micro-batch."""
-        return expected_work(self.model, self.config)
+        return self.stage.once(expected_work, self.config)
+
+    @cached_property
+    def states(self) -> ModelStates:
+        return self.stage.rules(self.config).model_states()
 
     @cached_property
     def memory(self) -> StepMemory:
@@ -85,6 +117,12 @@ class Rank:
     def needed(self) -> int:
         """Bytes of its device."""
         return self.hardware.needed(self.memory.peak)
+
+    @property
+    def states_fit(self) -> bool:
+        """Whether weights and optimizer state leave anything, which is quickly found."""
+        held = self.states.weights + self.states.optimizer
+        return self.hardware.needed(held) <= self.hardware.memory
 
     @property
     def fits(self) -> bool:
@@ -99,42 +137,32 @@ class Rank:
         _set_recompute(self.model, self.config.training.recompute)
         return step_memory(self.model, self.config, work, on_cuda=self.on_cuda)
 
-    @cached_property
+    @property
     def computations(self) -> list[Computation]:
         """Of a micro-batch."""
-        return micro_batch_flops(self.model, self.config, self.work, pads=not self.on_cuda)
+        return self.stage.once(self.stage.computations, self.config)
 
     @cached_property
     def traffic(self) -> list[Transfer]:
         """Of a step."""
         _set_recompute(self.model, self.config.training.recompute)
-        return step_traffic(self.model, self.config, expected_exchanges(self.model, self.config))
+        return step_traffic(
+            self.model, self.config, self.stage.once(expected_exchanges, self.config)
+        )
 
     @cached_property
     def time(self) -> StageTime:
-        rules = StateRules(self.model, self.config)
+        rules = self.stage.rules(self.config)
         work = Work(
             computations=self.computations,
-            kept=self._kept(),
-            weights=rules.element * sum(p.numel() for p in self.model.parameters()),
-            states=rules.model_states(),
+            kept=self.stage.once(self.stage.kept, with_recompute(self.config, "none")),
+            weights=rules.element * self.stage.parameters,
+            states=self.states,
             traffic=self.traffic,
             micro_batches=micro_batches(self.config, self.model.groups.layout),
             overlaps=bool(rules.zero.overlap_comm),
         )
-        return stage_time(work, self.routes, self.hardware, self.config.training.precision)
-
-    def _kept(self) -> int:
-        """Bytes that a micro-batch would keep without recomputation."""
-        plain = with_recompute(self.config, "none")
-        _set_recompute(self.model, "none")
-        stage = Activations(self.model, plain, self.work, on_cuda=self.on_cuda).stage()
-        return stage.kept.total
-
-
-def routes_of(model: LanguageModel, hardware: Hardware) -> dict[str, Route]:
-    """Of all groups of this rank."""
-    return {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
+        return stage_time(work, self.stage.routes, self.hardware, self.config.training.precision)
 
 
 def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:

@@ -17,11 +17,11 @@ from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.stage import (
     RECOMPUTES,
     Rank,
+    Stage,
     first_rank,
     representative_stages,
-    routes_of,
 )
-from uoe_parallel.planning.time import Route, StageTime, StepTime, step_time
+from uoe_parallel.planning.time import StageTime, StepTime, step_time
 
 Variant = tuple[ParallelConfig, int]
 """A layout and a micro-batch size."""
@@ -120,7 +120,7 @@ class _Sweep:
 
     def _look_at(self, model: LanguageModel) -> None:
         """At one stage."""
-        routes = routes_of(model, self.hardware)
+        stage = Stage(model, self.hardware)
         too_large: dict[ParallelConfig, Misfit] = {}
         for variant, least in self.recompute.items():
             parallel = variant[0]
@@ -129,7 +129,7 @@ class _Sweep:
             if parallel in too_large:  # and with a larger micro-batch no smaller
                 self._drop(variant, too_large[parallel])
                 continue
-            rank = self._least_recomputing(model, variant, routes)
+            rank = self._least_recomputing(stage, variant)
             self.needed[variant] = max(self.needed[variant], rank.needed)
             if not rank.fits:
                 part = _largest(rank.memory)
@@ -147,15 +147,15 @@ class _Sweep:
         self.misfits[variant] = misfit
         self.again.pop(variant, None)
 
-    def _least_recomputing(
-        self, model: LanguageModel, variant: Variant, routes: Mapping[str, Route]
-    ) -> Rank:
+    def _least_recomputing(self, stage: Stage, variant: Variant) -> Rank:
         """The rank with the least recomputation that makes it fit, or with the most there is."""
         least = RECOMPUTES.index(self.recompute[variant])
         ranks = [
-            Rank(model, Choice(*variant, recompute).of(self.config), self.hardware, routes)
+            Rank(stage, Choice(*variant, recompute).of(self.config))
             for recompute in RECOMPUTES[least:]
         ]
+        if not ranks[0].states_fit:
+            return ranks[-1]
         return next((rank for rank in ranks if rank.fits), ranks[-1])
 
     def _found(self, variant: Variant) -> Found:
