@@ -21,7 +21,7 @@ from uoe_parallel.parallel.groups import distributed
 from uoe_parallel.planning.hardware import MEASURED, MEASURED_FILE, Hardware, Link
 from uoe_parallel.verification.ranks import THREADS, Failure, LocalRanks
 
-PRODUCTS = (512, 1024, 2048)
+PRODUCTS = (256, 512, 1024)
 """Widths of the square matrices that are multiplied."""
 COPIED = 1 << 26
 """Bytes of what is copied, more than caches hold."""
