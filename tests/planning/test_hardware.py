@@ -53,10 +53,10 @@ def test_faults_are_told(tmp_path: Path, change: dict[str, object], told: str) -
 
 
 def test_missing_profiles_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--gpu v100: .* a100, b200, h100, h200, or the path"):
+    with pytest.raises(UserError, match=r"--gpu v100: .* a100, b200, h100, h200, or the path"):
         load_hardware("v100")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="this_machine.*--calibrate"):
+    with pytest.raises(UserError, match=r"this_machine.*--calibrate"):
         load_hardware("this_machine")
     with pytest.raises(UserError, match=r"bf16.*fp32 alone"):
         machine().peak("bf16")

@@ -14,10 +14,13 @@ from uoe_parallel.config.load import load_config, save_config
 from uoe_parallel.parallel.layout import candidate_layouts
 from uoe_parallel.planning.search import Search
 
-CONFIG = tiny_config(training={"global_batch_size": 8, "micro_batch_size": 4})
+CONFIG = tiny_config(
+    training={"global_batch_size": 8, "micro_batch_size": 4},
+    deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}},
+)
 # Memory that some layouts fit in as they are, some with recomputation, and some not at all; links
 # that make none of the axes best by itself.
-TIGHT = machine(devices_per_node=2, memory=700_000, flops={"fp32": 1e10}, memory_bandwidth=1e10)
+TIGHT = machine(devices_per_node=2, memory=340_000, flops={"fp32": 1e10}, memory_bandwidth=1e10)
 
 
 def _judged(search: Search) -> int:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Ranks
 from tests.planning.cases import MACHINE
 from tests.tiny import tiny_config
 from uoe_parallel.config import yaml_text
 from uoe_parallel.config.load import save_config
+from uoe_parallel.errors import UserError
 from uoe_parallel.planning.calibrate import calibrate
 from uoe_parallel.planning.hardware import load_hardware
 from uoe_parallel.planning.program import main
@@ -86,9 +86,7 @@ def test_calibration_is_a_profile(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ranks")
-def test_calibration_tells_what_it_cannot_write(tmp_path: Path, ranks: Ranks) -> None:
-    from uoe_parallel.errors import UserError
-
+def test_calibration_tells_what_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--calibrate: .* cannot be written"):
+    with pytest.raises(UserError, match=r"--calibrate: .* cannot be written"):
         calibrate(1, tmp_path / "file" / "machine.yaml")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from torch import nn
@@ -67,7 +68,7 @@ class StepBuffers(StateRules):
             buffers = self.bucket + self.gathered_backward
             return Held(self.states.gradients + self.element * new + waiting, buffers)
         if self.stage == 2:
-            reduced = self._before() + (self.element * self._own() if here else 0)
+            reduced = self._before() + (self.element * self._own if here else 0)
             return Held(reduced + self.element * new + waiting, self.bucket)
         sums = self.size if self.is_accumulated else here
         return Held(self.element * (sums + new), self.bucket if here else 0)
@@ -95,6 +96,7 @@ class StepBuffers(StateRules):
             return self.states.gradients - self.element * self.size
         return self.states.gradients if self.is_accumulated else 0
 
+    @cached_property
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
         return sum(map(self.touched, self.parameter_groups))
@@ -116,7 +118,7 @@ class StepBuffers(StateRules):
 
     def _partitioned(self) -> Iterator[Held]:
         """ZeRO 1 and 2: own gradients are flattened group by group."""
-        own, part = self._own(), max(map(self.part_size, self.parameter_groups))
+        own, part = self._own, max(map(self.part_size, self.parameter_groups))
         if self.stage == 1:
             waiting = self.element * (self.size + own)
             yield Held(waiting, self.bucket)

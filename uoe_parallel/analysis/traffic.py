@@ -19,7 +19,7 @@ import torch
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.reduction import gradient_traffic
-from uoe_parallel.analysis.transfer import Phase, Transfer, group_ranks, merged, times
+from uoe_parallel.analysis.transfer import Phase, Transfer, group_sizes, merged, times
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
@@ -51,8 +51,8 @@ def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) 
         _moved_rules(model),
         gradient_traffic(model, config, number),
     )
-    ranks = group_ranks(model.groups)
-    return merged(t for t in transfers if len(ranks[t.group]) > 1)
+    sizes = group_sizes(model.groups)
+    return merged(t for t in transfers if sizes[t.group] > 1)
 
 
 def micro_batches(config: RunConfig, layout: ParallelLayout) -> int:

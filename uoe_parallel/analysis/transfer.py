@@ -81,3 +81,13 @@ def group_ranks(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
     if len(pipe) > 1 and (groups.is_first_stage or groups.is_last_stage):
         ranks["tied_stages"] = (pipe[0], pipe[-1])
     return ranks
+
+
+def group_sizes(groups: ParallelGroups) -> dict[str, int]:
+    """Of the same groups, how many ranks each has."""
+    layout = groups.layout
+    axes = ["world", "tensor", "data", "pipe"]
+    axes += ["expert", "expert_data"] if layout.has_wide_experts else []
+    sizes = {axis: getattr(groups, axis).size() for axis in axes}
+    sizes["model"] = layout.tensor * layout.pipeline
+    return sizes | dict.fromkeys(("next_stage", "previous_stage", "tied_stages"), 2)

@@ -12,7 +12,6 @@ from uoe_parallel.analysis.flops import (
     parameter_counts,
 )
 from uoe_parallel.analysis.memory import StepMemory
-from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.transfer import Transfer
 from uoe_parallel.config.faults import report
@@ -23,9 +22,8 @@ from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.stage import (
     RECOMPUTES,
     Rank,
-    Stage,
-    first_rank,
     representative_stages,
+    simulated_stage,
     vocabulary,
     with_recompute,
 )
@@ -143,23 +141,19 @@ def plan(config: RunConfig, world_size: int, hardware: Hardware) -> Plan:
 
 
 def _stage(config: RunConfig, layout: ParallelLayout, stage: int, hardware: Hardware) -> StagePlan:
-    number = first_rank(layout, stage)
-    with simulated_groups(layout, number) as groups:
-        built = Stage(build_stage(config, groups), hardware)
-        ranks = {
-            recompute: Rank(built, with_recompute(config, recompute)) for recompute in RECOMPUTES
-        }
-        rank = ranks[config.training.recompute]
-        return StagePlan(
-            stage=stage,
-            rank=number,
-            layers=rank.model.stage_layers[stage],
-            parameters=built.parameters,
-            memory=rank.memory,
-            worst_memory=rank.worst_memory,
-            recomputing={recompute: other.memory for recompute, other in ranks.items()},
-            computations=rank.computations,
-            traffic=rank.traffic,
-            group_sizes={name: route.size for name, route in built.routes.items()},
-            time=rank.time,
-        )
+    built = simulated_stage(config, layout, stage, hardware)
+    ranks = {name: Rank(built, with_recompute(config, name)) for name in RECOMPUTES}
+    rank = ranks[config.training.recompute]
+    return StagePlan(
+        stage=stage,
+        rank=built.model.groups.rank,
+        layers=built.model.stage_layers[stage],
+        parameters=built.parameters,
+        memory=rank.memory,
+        worst_memory=rank.worst_memory,
+        recomputing={name: other.memory for name, other in ranks.items()},
+        computations=rank.computations,
+        traffic=rank.traffic,
+        group_sizes={name: route.size for name, route in built.routes.items()},
+        time=rank.time,
+    )

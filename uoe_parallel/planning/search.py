@@ -14,7 +14,8 @@ from uoe_parallel.parallel.layout import (
     with_parallel,
 )
 from uoe_parallel.planning.hardware import Hardware
-from uoe_parallel.planning.variants import Choice, Found, Misfit, Variant, outcomes
+from uoe_parallel.planning.stage import Stage, representative_stages, simulated_stage
+from uoe_parallel.planning.variants import Choice, Found, Misfit, fastest
 
 
 @dataclass
@@ -51,29 +52,36 @@ def search(config: RunConfig, world_size: int, hardware: Hardware) -> Search:
     """
     hardware.peak(config.training.precision)
     result = Search()
-    for variants in _by_axes(config, world_size, hardware, result.refused):
-        of_axes = outcomes(config, world_size, hardware, variants)
-        for parallel in dict.fromkeys(parallel for parallel, _ in variants):
-            tried = [outcome for (other, _), outcome in of_axes.items() if other is parallel]
-            fitting = [outcome for outcome in tried if isinstance(outcome, Found)]
-            if fitting:
-                result.found.append(min(fitting, key=lambda found: found.time.seconds))
-                continue
-            least = min(
-                (outcome for outcome in tried if isinstance(outcome, Misfit)),
-                key=lambda misfit: misfit.needed,
-            )
-            _refuse_misfit(result.refused, parallel, world_size, least)
+    for layouts in _by_axes(config, world_size, hardware, result.refused):
+        stages = _stages(config, layouts[0], world_size, hardware)
+        for parallel in layouts:
+            sizes = _sizes(config, parallel, world_size)
+            outcome = fastest(config, parallel, sizes, stages)
+            if isinstance(outcome, Found):
+                result.found.append(outcome)
+            else:
+                _refuse_misfit(result.refused, parallel, world_size, outcome)
     result.found.sort(key=lambda found: (found.time.seconds, str(found.layout)))
     return result
 
 
+def _stages(
+    config: RunConfig, parallel: ParallelConfig, world_size: int, hardware: Hardware
+) -> list[Stage]:
+    changed = with_parallel(config, parallel)
+    layout = ParallelLayout.from_config(parallel, world_size)
+    return [
+        simulated_stage(changed, layout, stage, hardware)
+        for stage in representative_stages(changed, layout)
+    ]
+
+
 def _by_axes(
     config: RunConfig, world_size: int, hardware: Hardware, refused: dict[str, Refused]
-) -> Iterator[list[Variant]]:
-    """The variants that the rules allow, those together whose ranks build the same model; notes why
+) -> Iterator[list[ParallelConfig]]:
+    """The layouts that the rules allow, those together whose ranks build the same model; notes why
     the others are none."""
-    grouped: dict[ParallelConfig, list[Variant]] = defaultdict(list)
+    grouped: dict[ParallelConfig, list[ParallelConfig]] = defaultdict(list)
     smallest = Choice(config.parallel, 1, config.training.recompute).of(config)
     for parallel in candidate_layouts(world_size):
         name = str(ParallelLayout.from_config(parallel, world_size))
@@ -86,7 +94,7 @@ def _by_axes(
             _refuse(refused, f"the rules of {about}", example)
         else:
             axes = parallel.model_copy(update={"zero_stage": 0})
-            grouped[axes] += [(parallel, size) for size in _sizes(config, parallel, world_size)]
+            grouped[axes].append(parallel)
     yield from grouped.values()
 
 

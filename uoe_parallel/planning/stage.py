@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
+from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.states import ModelStates, StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
 from uoe_parallel.analysis.transfer import Transfer, group_ranks
@@ -53,10 +54,11 @@ def first_rank(layout: ParallelLayout, stage: int) -> int:
 
 
 class Stage:
-    """One rank's stage, in the groups of a simulated world that is still open, and what does not
-    depend on all of a config, which is found once."""
+    """One rank's stage of a simulated world, and what does not depend on all of a config, which is
+    found once."""
 
     def __init__(self, model: LanguageModel, hardware: Hardware) -> None:
+        """For as long as the simulated world is there; a stage outlives it."""
         self.model, self.hardware = model, hardware
         self.on_cuda = hardware.device == "cuda"
         self.routes = {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
@@ -88,6 +90,14 @@ class Stage:
         if zero_stage not in self._found:
             self._found[zero_stage] = StateRules(self.model, config)
         return self._found[zero_stage]
+
+
+def simulated_stage(
+    config: RunConfig, layout: ParallelLayout, stage: int, hardware: Hardware
+) -> Stage:
+    """Of the first rank of a stage, for a process that is in no process group."""
+    with simulated_groups(layout, first_rank(layout, stage)) as groups:
+        return Stage(build_stage(config, groups), hardware)
 
 
 class Rank:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from uoe_parallel.analysis.memory import StepMemory
-from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.config import yaml_text
 from uoe_parallel.config.schema import ParallelConfig, Recompute, RunConfig
-from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.parallel.layout import ParallelLayout, with_parallel
-from uoe_parallel.planning.hardware import Hardware
-from uoe_parallel.planning.stage import (
-    RECOMPUTES,
-    Rank,
-    Stage,
-    first_rank,
-    representative_stages,
-)
-from uoe_parallel.planning.time import StageTime, StepTime, step_time
-
-Variant = tuple[ParallelConfig, int]
-"""A layout and a micro-batch size."""
+from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.planning.stage import RECOMPUTES, Rank, Stage
+from uoe_parallel.planning.time import StepTime, step_time
 
 
 @dataclass(frozen=True)
@@ -72,98 +59,57 @@ class Misfit:
     """The field of `StepMemory` that is the largest."""
 
 
-def outcomes(
-    config: RunConfig, world_size: int, hardware: Hardware, variants: Sequence[Variant]
-) -> dict[Variant, Found | Misfit]:
-    """Of each variant with the least recomputation that makes it fit.
+def fastest(
+    config: RunConfig, parallel: ParallelConfig, sizes: Sequence[int], stages: Sequence[Stage]
+) -> Found | Misfit:
+    """The fastest way to run a layout.
 
-    variants: of the same axes, of which ranks build the same models; of each layout the smallest
-    micro-batches first.
+    sizes: of micro-batches that come into question, in order. stages: of this layout, or of one
+    that differs from it in the ZeRO stage alone.
+
+    Larger micro-batches need no less memory. With as much recomputation, the time of a step is
+    (m + p - 1) (a + b x) for m = n / x micro-batches of x sequences, which is convex in x: once it
+    grows it goes on growing.
     """
-    ended: dict[Variant, Found | Misfit] = {}
-    left: dict[Variant, Recompute] = dict.fromkeys(variants, RECOMPUTES[0])
-    while left:
-        sweep = _Sweep(config, world_size, hardware, left)
-        ended |= sweep.outcomes()
-        left = sweep.again
-    return ended
+    best: Found | None = None
+    last: Found | None = None
+    for size in sizes:
+        least = RECOMPUTES[0] if last is None else last.choice.recompute
+        outcome = _outcome(config, Choice(parallel, size, least), stages)
+        if isinstance(outcome, Misfit):
+            return best or outcome
+        if last is not None and outcome.time.seconds > last.time.seconds:
+            if outcome.choice.recompute == least:
+                break
+        elif best is None or outcome.time.seconds < best.time.seconds:
+            best = outcome
+        last = outcome
+    assert best is not None
+    return best
 
 
-class _Sweep:
-    """One look at all stages of some variants."""
+def _outcome(config: RunConfig, choice: Choice, stages: Sequence[Stage]) -> Found | Misfit:
+    """With the least recomputation, from the choice's own on, that makes it fit."""
+    settings = RECOMPUTES[RECOMPUTES.index(choice.recompute) :]
+    if not all(Rank(stage, choice.of(config)).states_fit for stage in stages):
+        settings = RECOMPUTES[-1:]
+    unfit: Rank | None = None
+    for recompute in settings:
+        choice = replace(choice, recompute=recompute)
+        ranks = [Rank(stage, choice.of(config)) for stage in stages]
+        unfit = next((rank for rank in ranks if not rank.fits), None)
+        if unfit is None:
+            return _found(choice, ranks)
+    assert unfit is not None
+    return Misfit(unfit.needed, unfit.model.groups.rank, _largest(unfit.memory))
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world_size: int,
-        hardware: Hardware,
-        variants: Mapping[Variant, Recompute],
-    ) -> None:
-        """variants: with the least recomputation that comes into question."""
-        self.config, self.world_size, self.hardware = config, world_size, hardware
-        self.recompute = dict(variants)
-        self.misfits: dict[Variant, Misfit] = {}
-        self.times: dict[Variant, list[StageTime]] = defaultdict(list)
-        self.needed: dict[Variant, int] = defaultdict(int)
-        self.again: dict[Variant, Recompute] = {}
-        """Variants of which a stage needs more recomputation than those before it."""
 
-    def outcomes(self) -> dict[Variant, Found | Misfit]:
-        """Of all variants but those in `again`."""
-        axes = with_parallel(self.config, next(iter(self.recompute))[0])
-        layout = ParallelLayout.from_config(axes.parallel, self.world_size)
-        for stage in representative_stages(axes, layout):
-            with simulated_groups(layout, first_rank(layout, stage)) as groups:
-                self._look_at(build_stage(axes, groups))
-        fitting = self.recompute.keys() - self.misfits.keys() - self.again.keys()
-        return self.misfits | {variant: self._found(variant) for variant in fitting}
-
-    def _look_at(self, model: LanguageModel) -> None:
-        """At one stage."""
-        stage = Stage(model, self.hardware)
-        too_large: dict[ParallelConfig, Misfit] = {}
-        for variant, least in self.recompute.items():
-            parallel = variant[0]
-            if variant in self.misfits:
-                continue
-            if parallel in too_large:  # and with a larger micro-batch no smaller
-                self._drop(variant, too_large[parallel])
-                continue
-            rank = self._least_recomputing(stage, variant)
-            self.needed[variant] = max(self.needed[variant], rank.needed)
-            if not rank.fits:
-                part = _largest(rank.memory)
-                too_large[parallel] = Misfit(rank.needed, model.groups.rank, part)
-                self._drop(variant, too_large[parallel])
-                continue
-            found = rank.config.training.recompute
-            if found != least and self.times[variant]:
-                self.again[variant] = found
-            self.recompute[variant] = found
-            if variant not in self.again:
-                self.times[variant].append(rank.time)
-
-    def _drop(self, variant: Variant, misfit: Misfit) -> None:
-        self.misfits[variant] = misfit
-        self.again.pop(variant, None)
-
-    def _least_recomputing(self, stage: Stage, variant: Variant) -> Rank:
-        """The rank with the least recomputation that makes it fit, or with the most there is."""
-        least = RECOMPUTES.index(self.recompute[variant])
-        ranks = [
-            Rank(stage, Choice(*variant, recompute).of(self.config))
-            for recompute in RECOMPUTES[least:]
-        ]
-        if not ranks[0].states_fit:
-            return ranks[-1]
-        return next((rank for rank in ranks if rank.fits), ranks[-1])
-
-    def _found(self, variant: Variant) -> Found:
-        choice = Choice(*variant, self.recompute[variant])
-        layout = ParallelLayout.from_config(choice.parallel, self.world_size)
-        number = micro_batches(choice.of(self.config), layout)
-        time = step_time(self.times[variant], layout.pipeline, number)
-        return Found(layout, choice, time, self.needed[variant])
+def _found(choice: Choice, ranks: Sequence[Rank]) -> Found:
+    config, groups = ranks[0].config, ranks[0].model.groups
+    layout = ParallelLayout.from_config(choice.parallel, groups.layout.world_size)
+    number = micro_batches(config, layout)
+    time = step_time([rank.time for rank in ranks], layout.pipeline, number)
+    return Found(layout, choice, time, max(rank.needed for rank in ranks))
 
 
 def _largest(memory: StepMemory) -> str:
