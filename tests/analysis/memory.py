@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +12,19 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.model.cases import start
+from tests.model.cases import build_model, random_tokens, start
+from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.memory import StepMemory, step_memory
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.work import BlockWork, Workload
+from uoe_parallel.benchmark.allocations import kept_for_backward, storage_bytes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.dispatch import dispatcher
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.training.console import TrainingConsole
+from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.trainer import Trainer
 
 _WATCHED = "the step that is watched"
@@ -30,7 +32,7 @@ _WATCHED = "the step that is watched"
 
 @dataclass(frozen=True)
 class RealStep:
-    """One rank's third optimizer step, as it was."""
+    """One rank's optimizer step, as it was."""
 
     peak: int
     """The most bytes that live at a time, of all that were allocated since there was a trainer."""
@@ -38,27 +40,31 @@ class RealStep:
     """Of its first micro-batch."""
 
 
-def peak_of_step(config: RunConfig) -> RealStep:
-    """Three steps of training; the third is watched."""
+def watched_steps(config: RunConfig) -> list[RealStep]:
+    """The third and the fourth step of training."""
     groups = start(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, groups, use_device(0), TrainingConsole(quiet=True))
         for _ in range(2):
             trainer.train_step()
-        gc.collect()
-        with record_function(_WATCHED), _recorded_work() as recorded:
-            trainer.train_step()
-    blocks = trainer.model.routed_blocks()
-    return RealStep(_peak(profiler), dict(zip(blocks, recorded, strict=False)))
+        works: list[Workload] = []
+        for _ in range(2):
+            with record_function(_WATCHED), _recorded_work() as recorded:
+                trainer.train_step()
+            works.append(dict(zip(trainer.model.routed_blocks(), recorded, strict=False)))
+    return [RealStep(*step) for step in zip(_peaks(profiler), works, strict=True)]
 
 
-def _peak(profiler: profile) -> int:
-    """Of what lives at a time. Frees are not all seen: other threads, such as gloo's, may be the
-    last to hold a message. What lies where something else is allocated has been freed."""
+def _peaks(profiler: profile) -> list[int]:
+    """Of what lives at a time, in each watched step.
+
+    Frees are not all seen: another thread, such as gloo's, may be the last to hold a message. What
+    lies where something else is allocated has been freed.
+    """
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     todo: list[Any] = profiler.profiler.kineto_results.experimental_event_tree()
     changes: list[tuple[int, int, int]] = []
-    begin = end = 0
+    watched: list[tuple[int, int]] = []
     while todo:
         event = todo.pop()
         todo += event.children
@@ -66,10 +72,10 @@ def _peak(profiler: profile) -> int:
             fields = event.extra_fields
             changes.append((event.start_time_ns, fields.ptr, fields.alloc_size))
         elif event.tag == _EventType.TorchOp and event.name == _WATCHED:
-            begin, end = event.start_time_ns, event.end_time_ns
+            watched.append((event.start_time_ns, event.end_time_ns))
     starts: list[int] = []
     sizes: dict[int, int] = {}
-    level = peak = 0
+    level, levels = 0, []
     for at, address, size in sorted(changes, key=lambda change: change[0]):
         place = bisect_left(starts, address)
         if size > 0:
@@ -82,9 +88,10 @@ def _peak(profiler: profile) -> int:
             level += size
         elif address in sizes:
             level -= sizes.pop(starts.pop(place))
-        if begin <= at <= end:
-            peak = max(peak, level)
-    return peak
+        levels.append((at, level))
+    return [
+        max(level for at, level in levels if begin <= at <= end) for begin, end in sorted(watched)
+    ]
 
 
 @contextmanager
@@ -120,12 +127,27 @@ def _recorded_work() -> Iterator[list[BlockWork]]:
             setattr(dispatcher, name, function)
 
 
-def predict(config: RunConfig, world: int, work: list[Workload]) -> list[StepMemory]:
-    """Of all ranks of the same run, one after the other in this process, without data."""
+def predict(config: RunConfig, works: list[list[Workload]]) -> list[list[StepMemory]]:
+    """Of all ranks of the same run, one after the other in this process, without data: of each of
+    several steps."""
     dist.destroy_process_group()
-    predicted = []
-    for rank in range(world):
+    predicted, world = [], len(works)
+    for rank, steps in enumerate(works):
         with simulated_groups(ParallelLayout.from_config(config.parallel, world), rank) as groups:
             model = build_stage(config, groups)
-            predicted.append(step_memory(model, config, work[rank], on_cuda=False))
+            predicted.append([step_memory(model, config, w, on_cuda=False) for w in steps])
     return predicted
+
+
+def kept_bytes(config: RunConfig) -> tuple[int, int]:
+    """Of a forward pass on one rank: what autograd keeps, and what is computed."""
+    groups = start(config)
+    model = build_model(config, groups, DTYPES[config.training.precision])
+    tokens = random_tokens(config)[: config.training.micro_batch_size]
+    with kept_for_backward() as kept, _recorded_work() as recorded:
+        loss = model(tokens, tokens)
+    saved = storage_bytes(kept, besides=[tokens, *model.parameters()])
+    del loss
+    work = dict(zip(model.routed_blocks(), recorded, strict=True))
+    stage = Activations(model, config, work, on_cuda=False).stage()
+    return saved, stage.kept.total

@@ -9,11 +9,12 @@ router; what is smaller, such as a value per document, is left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from uoe_parallel.analysis.parts import Bytes, Part, Point, joined
 from uoe_parallel.analysis.work import BlockWork, Workload
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
@@ -25,75 +26,6 @@ from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.training.engine import DTYPES
 
 _INDEX = 8  # bytes of an int64
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """What is held for one reason or another."""
-
-    activations: int = 0
-    """Kept for backward."""
-    dispatch: int = 0
-    """Rows on their way between ranks, and those of other ranks that are kept."""
-    working: int = 0
-    """For as long as something is computed."""
-
-    @property
-    def total(self) -> int:
-        return self.activations + self.dispatch + self.working
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(
-            self.activations + other.activations,
-            self.dispatch + other.dispatch,
-            self.working + other.working,
-        )
-
-    def times(self, number: int) -> Bytes:
-        """So many of these."""
-        return Bytes(self.activations * number, self.dispatch * number, self.working * number)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a backward pass at which much may be held."""
-
-    held: Bytes
-    """Of what was kept, and what is computed with."""
-    making: Sequence[nn.Parameter] = ()
-    """Parameters whose gradients are computed at this point."""
-    made: Sequence[nn.Parameter] = ()
-    """Those whose gradients the pass has computed before."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Of a stage, in one micro-batch."""
-
-    kept: Bytes
-    """After its forward pass."""
-    forward: Bytes
-    """The most that its forward pass needs, with what it keeps."""
-    points: list[Point] = field(default_factory=list)
-    """Of its backward pass, in order."""
-    params: Sequence[nn.Parameter] = ()
-
-
-def joined(parts: Sequence[Part]) -> Part:
-    """Parts one after the other as one."""
-    below = [Bytes()]
-    for part in parts:
-        below.append(below[-1] + part.kept)
-    forwards = [kept + part.forward for kept, part in zip(below, parts, strict=False)]
-    points: list[Point] = []
-    made: list[nn.Parameter] = []
-    for kept, part in zip(reversed(below[:-1]), reversed(parts), strict=True):
-        points += [
-            Point(kept + point.held, point.making, (*made, *point.made)) for point in part.points
-        ]
-        made += part.params
-    forward = max(forwards, key=lambda held: held.total)
-    return Part(below[-1], forward, points, made)
 
 
 def padded_rows(lengths: Sequence[int]) -> int:
@@ -172,7 +104,8 @@ class Activations:
                 for block, norm in zip(blocks, norms, strict=True)
             ]
             if layer.recompute:
-                yield self._recomputed(joined(blocks), self.shard)
+                shard = self.shard
+                yield self._recomputed(joined(blocks), Bytes(shard), Bytes(working=shard))
             else:
                 yield from blocks
         if self.model.groups.is_last_stage:
@@ -187,12 +120,12 @@ class Activations:
         point = Point(held + Bytes(working=2 * self.shard), making=params)
         return Part(held, held + Bytes(working=self.tokens * self.row), [point], params)
 
-    def _recomputed(self, part: Part, output: int) -> Part:
-        """One of which the first pass keeps nothing but its `output`, and the second, in backward,
-        all."""
-        kept = Bytes(activations=output)
-        points = [replace(p, held=p.held + kept) for p in part.points]
-        return Part(kept, part.forward, points, part.params)
+    def _recomputed(self, part: Part, kept: Bytes, beside: Bytes) -> Part:
+        """One whose first pass keeps `kept` alone, and whose second comes in backward. `beside`: in
+        backward."""
+        held = kept + beside
+        points = [replace(p, held=p.held + held) for p in part.points]
+        return Part(kept, part.forward, [Point(part.forward + held), *points], part.params)
 
     def _with_norm(self, block: Part, norm: Sequence[nn.Parameter]) -> Part:
         """A block between its norm and its residual sum."""
@@ -203,7 +136,7 @@ class Activations:
         dropped = tokens * width * (1 if self.on_cuda else self.element)
         dropped = dropped if self.config.model.dropout > 0 else 0
         normed = Bytes(activations=factors)
-        working = Bytes(working=self.shard + 4 * tokens * width * self.precise)
+        working = Bytes(working=self.shard) + self._norm_backward()
         before = Part(normed, normed + working, [Point(normed + working, norm)], norm)
         result = Bytes(activations=self.shard + dropped)
         after = Part(result, result)
@@ -211,6 +144,13 @@ class Activations:
         carried = Bytes(working=self.shard)
         points = [replace(p, held=p.held + carried) for p in block.points]
         return joined([before, replace(block, points=points), after])
+
+    def _norm_backward(self) -> Bytes:
+        """What a norm's gradient takes: torch's on a CPU is that of one operation after the other,
+        each with a result of its own."""
+        return Bytes(
+            working=(2 if self.on_cuda else 5) * self.own_tokens * self.width * self.precise
+        )
 
     def _block(self, name: str, block: DenseBlock) -> Part:
         """With what it keeps of its input."""
@@ -233,6 +173,8 @@ class Activations:
         whole = self.tokens * self.row
         fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
         act = 3 if experts.gated else 2
+        if self.recompute == "selective":  # its result, and that of the pass before
+            act += 2
         inner = hidden + active * (2 if experts.gated else 1)
         points = [
             Point(_held(inner, whole + active), fc2),
@@ -270,13 +212,14 @@ class Activations:
             else self._attention(experts, work)
         )
         rows = work.rows * self.row
-        if block.recompute:
-            held = Bytes(working=2 * rows)  # the result and its gradient
-            points = [replace(p, held=p.held + held) for p in arithmetic.points]
-            arithmetic = Part(Bytes(), arithmetic.forward, points, arithmetic.params)
         keeps_rows = block.recompute or isinstance(experts, SelectiveMultiHeadAttention)
-        parts = [self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic]
-        return joined(parts)
+        if block.spreads_tokens:  # what was exchanged is there until the block is done
+            passing = work.sent_rows * self.row + (0 if keeps_rows else rows)
+            forward = arithmetic.forward + Bytes(dispatch=passing)
+            arithmetic = replace(arithmetic, forward=forward)
+        if block.recompute:  # with the result and its gradient
+            arithmetic = self._recomputed(arithmetic, Bytes(), Bytes(working=2 * rows))
+        return joined([self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic])
 
     def _router(self, block: RoutedBlock) -> Part:
         """Its input, scores, gates and probabilities of each level."""
@@ -328,7 +271,7 @@ class Activations:
         chunk = self._chunk(work, experts.fc1.num_local_slices)
         fc1, fc2 = list(experts.fc1.parameters()), list(experts.fc2.parameters())
         points = [
-            Point(_held(kept, rows + chunk + active), fc2),
+            Point(_held(kept, rows + chunk + 2 * active), fc2),
             Point(_held(copies + hidden, (6 if experts.gated else 3) * active), (), fc2),
             Point(_held(copies, hidden), fc1, fc2),
             Point(_held(0, copies + rows), (), (*fc1, *fc2)),
@@ -351,7 +294,7 @@ class Activations:
         inner = attention.kept + keys
         kept = inner + 2 * queries
         points = [
-            Point(_held(kept, rows + chunk + queries), output),
+            Point(_held(kept, rows + chunk + 2 * queries), output),
             Point(_held(kept, 3 * queries), (), output),
             Point(_held(kept - queries, queries + attention.backward), (), output),
             Point(_held(keys, 3 * projected), (), output),
@@ -397,8 +340,9 @@ class Activations:
         own = Bytes(activations=self.own_tokens * (self.row + self.precise))
         if not self.on_cuda:
             own += Bytes(activations=self.own_tokens * self.width * self.precise)
+        of_norm = Point(own + self._norm_backward(), list(norm.parameters()), [*head.parameters()])
         if not isinstance(head, VocabularyHead):
-            return Part(own, own, [Point(own)], [*norm.parameters(), *head.parameters()])
+            return Part(own, own, [of_norm], [*norm.parameters(), *head.parameters()])
         size = self.tokens * head.logits.output_size_per_partition
         logits = size * self.precise
         cast = size * self.element if self.element != self.precise else 0
@@ -406,7 +350,8 @@ class Activations:
         back = Bytes(working=cast + self.tokens * self.row)
         own_params = list(head.parameters())
         params = [*norm.parameters(), *own_params]
-        return Part(held, held + Bytes(working=cast), [Point(held + back, own_params)], params)
+        points = [Point(held + back, own_params), of_norm]
+        return Part(held, held + Bytes(working=cast), points, params)
 
 
 def _held(kept: int, working: int) -> Bytes:

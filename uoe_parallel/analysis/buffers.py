@@ -41,6 +41,8 @@ class StepBuffers(StateRules):
         self.params = list(model.parameters())
         self.size = _size(self.params)
         self.largest = max(param.numel() for param in self.params)
+        self.own = {param for group in self.parameter_groups for param in self.touched(group)}
+        """Parameters of which ZeRO 1 and 2 have something step here."""
         self.bucket = self._bucket()
         gathered = most_gathered(self) if self.stage == 3 else (0, 0)
         self.gathered_forward, self.gathered_backward = (self.element * n for n in gathered)
@@ -63,13 +65,14 @@ class StepBuffers(StateRules):
         new, here = _size(making), _size(made)
         if self.is_flat_bf16:
             return Held(self._before() + self.element * (here + new), 4 * new)
-        waiting = self.element * self._waiting(made)
+        of_new = self.element * (new + self._waiting(made))
+        is_full = here + new > self.zero.reduce_bucket_size
+        buffers = self.bucket + (self._sent if is_full and making else 0)
         if self.stage == 3:
-            buffers = self.bucket + self.gathered_backward
-            return Held(self.states.gradients + self.element * new + waiting, buffers)
+            return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
         if self.stage == 2:
-            reduced = self._before() + (self.element * self._own if here else 0)
-            return Held(reduced + self.element * new + waiting, self.bucket)
+            has_own = not self.own.isdisjoint(made)
+            return Held((self._reduced() if has_own else self._before()) + of_new, buffers)
         sums = self.size if self.is_accumulated else here
         return Held(self.element * (sums + new), self.bucket if here else 0)
 
@@ -86,8 +89,13 @@ class StepBuffers(StateRules):
                 max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
                 for group in self.parameter_groups
             )
+            yield Held(self.states.gradients, self.bucket + self._sent)
             yield Held(self.states.gradients, self.bucket + 4 * part)
+        elif self.stage == 2:
+            yield Held(self._reduced(), self.bucket + self._sent)
+            yield from self._partitioned()
         else:
+            yield self._all_reduced()
             yield from self._partitioned()
 
     def _before(self) -> int:
@@ -99,7 +107,7 @@ class StepBuffers(StateRules):
     @cached_property
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
-        return sum(map(self.touched, self.parameter_groups))
+        return _size(self.own)
 
     def _waiting(self, made: Sequence[nn.Parameter]) -> int:
         """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
@@ -113,17 +121,40 @@ class StepBuffers(StateRules):
         flat = max(max(closed_at(sizes, _AT_ONCE), default=0) for sizes in kinds)
         cast = self.reduced_element if self.reduced_element != self.element else 0
         yield Held(self.states.gradients, (self.element + cast) * flat)
-        masters = (self.element + 4) * self.size if self.is_bf16 else 0
+        masters = 4 * self.size if self.is_bf16 else 0
         yield Held(self.states.gradients, masters + _NORM * self.largest)
 
     def _partitioned(self) -> Iterator[Held]:
         """ZeRO 1 and 2: own gradients are flattened group by group."""
-        own, part = self._own, max(map(self.part_size, self.parameter_groups))
-        if self.stage == 1:
-            waiting = self.element * (self.size + own)
-            yield Held(waiting, self.bucket)
-        yield Held(self.element * own, 4 * part)
-        yield Held(self.element * own, _NORM * self.largest)
+        part = max(map(self.part_size, self.parameter_groups))
+        own = self.states.gradients if self.is_bf16 else self.element * self._own
+        yield Held(own, 0 if self.is_bf16 else 4 * part)
+        yield Held(own, _NORM * self.largest)
+
+    def _all_reduced(self) -> Held:
+        """ZeRO 1 after the last backward pass: gradients move to the bucket, own ones to a copy."""
+        in_bucket = min(self.size, int(self.zero.reduce_bucket_size))
+        rest = self.size - in_bucket
+        own = self._own if rest else 0
+        gradients = self.element * (rest + own)
+        return Held(gradients, self.bucket + max(self._sent, self.element * in_bucket))
+
+    def _reduced(self) -> int:
+        """Bytes of gradients under ZeRO 2 once a pass has some of this rank's own: those of bf16
+        are added to where they stay, others come beside the sums of the passes before."""
+        if self.is_bf16:
+            return self.states.gradients
+        return self._before() + self.element * self._own
+
+    @cached_property
+    def _sent(self) -> int:
+        """Bytes of the copy of a bucket that is reduced, in the type of its own that it may have:
+        parts for one rank after the other, where there are several ranks."""
+        if max(map(self.replicas, self.params)) == 1:
+            return 0
+        cast = self.reduced_element if self.reduced_element != self.element else 0
+        copies = 2 * cast if cast and self.stage == 3 else cast + self.element
+        return copies * min(self.size, int(self.zero.reduce_bucket_size))
 
 
 _AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1

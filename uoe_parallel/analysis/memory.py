@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import nn
 
 from uoe_parallel.analysis.activations import Activations, Bytes
 from uoe_parallel.analysis.buffers import Held, StepBuffers
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.work import Workload
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel
 
 Moment = Literal["forward", "backward", "optimizer"]
@@ -26,7 +31,8 @@ class StepMemory:
     optimizer: int
     """Moments, and masters where there are any."""
     buffers: int
-    """DeepSpeed's: reduce buckets, flat copies, weights gathered for use."""
+    """DeepSpeed's: reduce buckets, flat copies, weights gathered for use; and what it and Megatron
+    receive hidden states in."""
     activations: int
     """Kept for the backward passes of all micro-batches in flight, logits and losses included."""
     dispatch: int
@@ -68,6 +74,7 @@ def step_memory(
     stage = Activations(model, config, work, on_cuda=on_cuda).stage()
     others = stage.kept.times(micro_batches_in_flight - 1)
     rules = StepBuffers(model, config, number)
+    always = _messages(model, config, rules.element, micro_batches_in_flight)
 
     def moment(name: Moment, held: Bytes, of_deepspeed: Held) -> StepMemory:
         return StepMemory(
@@ -75,7 +82,7 @@ def step_memory(
             weights=rules.states.weights,
             gradients=of_deepspeed.gradients,
             optimizer=rules.states.optimizer,
-            buffers=of_deepspeed.buffers,
+            buffers=of_deepspeed.buffers + always,
             activations=held.activations,
             dispatch=held.dispatch,
             working=held.working,
@@ -88,3 +95,32 @@ def step_memory(
     ]
     moments += [moment("optimizer", Bytes(), held) for held in rules.optimizer()]
     return max(moments, key=lambda moment: moment.peak)
+
+
+def _messages(
+    model: LanguageModel, config: RunConfig, element: int, micro_batches_in_flight: int
+) -> int:
+    """Bytes of what libraries keep to receive hidden states in: Megatron for those of all shards,
+    DeepSpeed for those of other stages."""
+    groups = model.groups
+    tokens = config.training.micro_batch_size * config.model.sequence_length
+    whole = tokens * config.model.hidden_size * element
+    shard = whole // model.num_shards
+    gathers = any(isinstance(module, ColumnParallelLinear) for module in _dense(model))
+    size = whole if model.sequence_parallel and gathers else 0
+    if groups.pipe.size() == 1:
+        return size
+    slots = max(2, micro_batches_in_flight)
+    if not groups.is_first_stage:
+        size += (1 + slots) * shard
+    if not groups.is_last_stage:
+        size += shard
+    elif isinstance(model.head, VocabularyHead):  # logits of passes that are over
+        size += (slots - 1) * tokens * model.head.logits.output_size_per_partition * element
+    return size
+
+
+def _dense(model: LanguageModel) -> Iterator[nn.Module]:
+    """Modules outside of routed blocks."""
+    routed = {m for block in model.routed_blocks().values() for m in block.modules()}
+    return (module for module in model.modules() if module not in routed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -80,11 +80,11 @@ class StateRules:
         """Elements of one of these parts."""
         return self.padded_size(params) // self.replicas(params[0])
 
-    def touched(self, params: list[nn.Parameter]) -> int:
-        """Elements of the parameters of which something lies in this rank's part."""
+    def touched(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of which something lies in this rank's part."""
         each = self.part_size(params)
         first = each * replica_group(params[0], self.groups).rank()
-        return sum(b - a for _, (a, b) in spans(params) if a < first + each and b > first)
+        return [p for p, (a, b) in spans(params) if a < first + each and b > first]
 
     def partition_size(self, param: nn.Parameter) -> int:
         """Elements that each rank keeps of a parameter under ZeRO 3."""
@@ -123,7 +123,8 @@ class StateRules:
             return ModelStates(self.element * whole, self.element * whole, optimizer * whole)
         added_up = whole
         if self.stage == 2:  # fp32 gradients are kept whole if the rank steps any of their elements
-            added_up = part if self.is_bf16 else sum(map(self.touched, self.parameter_groups))
+            own = chain.from_iterable(map(self.touched, self.parameter_groups))
+            added_up = part if self.is_bf16 else sum(param.numel() for param in own)
         return ModelStates(self.element * padded, 4 * added_up, _MASTERED * part)
 
 
