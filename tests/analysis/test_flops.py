@@ -150,19 +150,30 @@ def test_classes(ranks: Ranks) -> None:
         assert head == {"forward": 2 * 2 * 32 * 3, "backward": 2 * 2 * 2 * 32 * 3}
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_steps_of_pipeline_stages(ranks: Ranks, tmp_path: Path, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "recompute"),
+    [
+        ({"pipeline": 2}, "none"),
+        ({"pipeline": 2}, "full"),
+        ({"tensor": 2, "expert": 4, "zero_stage": 2}, "selective"),
+    ],
+    ids=["pp2", "pp2 full", "tp2-sp-dp2-ep4 selective"],
+)
+def test_steps_of_a_trainer(
+    ranks: Ranks, tmp_path: Path, parallel: dict[str, Any], recompute: str
+) -> None:
     config = tiny_config(
         run_dir=str(tmp_path / "run"),
         data={"train": str(write_corpus(tmp_path / "corpus")), "reset_at_documents": True},
-        parallel={"pipeline": 2},
+        parallel=parallel,
         training={"micro_batch_size": 1, "recompute": recompute},
     )
     heads = []
-    for counted, computed in ranks(2).run(step_of_a_trainer, config):
+    world = config.parallel.expert or config.parallel.pipeline
+    for counted, computed in ranks(world).run(step_of_a_trainer, config):
         assert sum(c.flops for c in computed) == counted
         heads.append(any(c.purpose == "head" for c in computed))
-    assert heads == [False, True]
+    assert heads == ([False, True] if config.parallel.pipeline == 2 else [True] * 4)
 
 
 def test_purposes(ranks: Ranks) -> None:

@@ -178,6 +178,13 @@ BROKEN = [
         "training.warmup_steps = 101 is more than training.steps = 100; use at most 100",
     ),
     (
+        {"profile__first_step": 91, "profile__steps": 10},
+        (
+            "profile.first_step = 91 and profile.steps = 10 reach beyond training.steps = 100; "
+            "use at most 90, or fewer steps"
+        ),
+    ),
+    (
         {"training__betas": (0.9, 1.0)},
         (
             "training.betas = [0.9, 1.0] holds a number outside [0, 1); "
@@ -341,6 +348,8 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"training__betas": (0.0, 0.0)},
         {"training__validate_every": 10, "data__validation": "validation"},
         {"model__hidden_size": 24, "model__num_kv_heads": 12},
+        {"profile__first_step": 90, "profile__steps": 10},
+        {"profile__first_step": 101, "profile__steps": 0},
         {"routes__record": "runs/routes"},
         {"routes__replay": "runs/checkpoints"},
         {"model__task": "classification", "model__num_classes": 2},

@@ -39,8 +39,8 @@ class Computation:
     """What a rank multiplies for one purpose in one phase of a micro-batch."""
 
     purpose: str
-    """"attention projections", "attention" (scores and weighted values), "experts" (feed-forward,
-    dense or routed), "routers", "routing statistics", "head"."""
+    """One of "attention projections", "attention" (scores and weighted values), "experts"
+    (feed-forward, dense or routed), "routers", "routing statistics", "head"."""
     phase: Phase
     flops: int
 

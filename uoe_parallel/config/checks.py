@@ -166,6 +166,15 @@ def warmup_ends(config: RunConfig) -> Iterator[Fault]:
         yield Fault(fields, warmup, problem, f"use at most {steps}")
 
 
+def profiled_steps_are_taken(config: RunConfig) -> Iterator[Fault]:
+    profile, steps = config.profile, config.training.steps
+    if profile.steps and profile.first_step + profile.steps > steps:
+        fields = ("profile.first_step", "profile.steps", "training.steps")
+        problem = f"and profile.steps = {profile.steps} reach beyond training.steps = {steps}"
+        mend = f"use at most {max(steps - profile.steps, 0)}, or fewer steps"
+        yield Fault(fields, profile.first_step, problem, mend)
+
+
 def products_suit_precision(config: RunConfig) -> Iterator[Fault]:
     if config.training.precision == "fp64" and config.training.expert_products == "grouped":
         fields = ("training.expert_products", "training.precision")
@@ -308,6 +317,7 @@ RULES: tuple[Rule, ...] = (
     micro_batches_fill_batch,
     learning_rate_falls,
     warmup_ends,
+    profiled_steps_are_taken,
     products_suit_precision,
     betas_in_range,
     validation_has_data,

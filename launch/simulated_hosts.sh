@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Run a program on two simulated hosts: network namespaces of this machine, joined by a link whose
+# rate is limited. For looking at what a slow network does to a layout, where there is no network.
+#
+#     bash launch/simulated_hosts.sh [--rate 200mbit] [--ranks 2] -m uoe_parallel.pretrain --config FILE
+#
+# --rate    of the link, in one direction, in tc's words: 200mbit, 1gbit, ... ; "none" for no limit
+# --ranks   of each host; host 0 has the first ones
+#
+# What follows is handed to torchrun on both hosts. Needs root and iproute2 (ip, tc). The namespaces
+# go when the program ends, however it ends.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+rate=200mbit ranks=2
+while [[ ${1:-} == --rate || ${1:-} == --ranks ]]; do
+    declare "${1#--}=$2"
+    shift 2
+done
+if ((EUID != 0)) || ! command -v ip >/dev/null || ! command -v tc >/dev/null; then
+    echo "simulated hosts need root and the programs ip and tc (Debian: iproute2)" >&2
+    exit 2
+fi
+torchrun=${TORCHRUN:-.venv/bin/torchrun}
+# Names and addresses of this process's own, so that several can run side by side.
+hosts=("uoe$$a" "uoe$$b") link=eth$$
+subnet=10.$(($$ / 256 % 256)).$(($$ % 256))
+
+cleanup() {
+    for host in "${hosts[@]}"; do
+        ip netns pids "$host" 2>/dev/null | xargs --no-run-if-empty kill -9
+        ip netns delete "$host" 2>/dev/null || true
+    done
+}
+trap cleanup EXIT
+trap 'exit 1' INT TERM
+
+for host in "${hosts[@]}"; do
+    ip netns add "$host"
+    ip -n "$host" link set lo up
+done
+ip link add "$link" netns "${hosts[0]}" type veth peer name "$link" netns "${hosts[1]}"
+for number in 0 1; do
+    host=${hosts[$number]}
+    ip -n "$host" address add "$subnet.$((number + 1))/24" dev "$link"
+    ip -n "$host" link set "$link" up
+    if [[ $rate != none ]]; then
+        # A bucket of a few milliseconds, and a queue that drops nothing a run would send at once.
+        ip netns exec "$host" tc qdisc add dev "$link" root tbf rate "$rate" burst 256kb latency 400ms
+    fi
+done
+
+export GLOO_SOCKET_IFNAME=$link NCCL_SOCKET_IFNAME=$link OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+pids=()
+for number in 1 0; do
+    ip netns exec "${hosts[$number]}" "$torchrun" --nnodes 2 --node-rank "$number" \
+        --nproc-per-node "$ranks" --master-addr "$subnet.1" --master-port 29500 "$@" &
+    pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid" || status=$?
+done
+exit "$status"
