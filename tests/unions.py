@@ -27,6 +27,7 @@ from uoe_parallel.parallel.comm import sum_over
 from uoe_parallel.parallel.groups import ParallelGroups, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.sharding import partition_dim
 from uoe_parallel.routing.router import Routing
 
@@ -320,7 +321,7 @@ def weight_gradients(
             parameter.copy_(parameter.grad)
             if groups.layout.has_wide_experts and partition_dim(parameter) is None:
                 # What is whole on all ranks saw the tokens of one of them.
-                parameter.copy_(sum_over(parameter, groups.data))
+                parameter.copy_(sum_over(parameter, groups.data, purpose=Purpose.OTHER))
     return named_weights(union.to_dense())
 
 

@@ -9,7 +9,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,11 +93,26 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
         console = TrainingConsole(quiet=not groups.is_main)
         trainer = Trainer(config, groups, device, console)
         _introduce(config, groups, trainer, console)
-        if options.dry_run:
-            _dry_run(trainer, console)
-            return
-        trainer.train()
-        _conclude(config, options, trainer.finish(), console)
+        with _watched(trainer):
+            if options.dry_run:
+                _dry_run(trainer, console)
+                return
+            trainer.train()
+            _conclude(config, options, trainer.finish(), console)
+
+
+@contextmanager
+def _watched(trainer: Trainer) -> Iterator[None]:
+    """A block in which ranks wait for each other no longer than the config allows."""
+    limit = trainer.config.profile.wait_limit
+    if limit is None:
+        yield
+        return
+    from uoe_parallel.profiling.watch import Watch
+
+    with Watch(trainer.groups, limit) as watch:
+        trainer.observers = (*trainer.observers, watch)
+        yield
 
 
 def _without_record(config: RunConfig) -> RunConfig:

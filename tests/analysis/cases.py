@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.model.cases import start
 from uoe_parallel.analysis.exchange import ExchangeSizes
-from uoe_parallel.analysis.observe import CollectiveObserver, Observed
+from uoe_parallel.analysis.observe import Call, CollectiveObserver, Observed
 from uoe_parallel.analysis.simulate import (
     ParameterPlace,
     Simulation,
@@ -33,13 +35,15 @@ from uoe_parallel.training.state import base_optimizer
 from uoe_parallel.training.trainer import Trainer
 
 Seen = dict[tuple[str, tuple[int, ...]], Observed]
+Purposes = dict[tuple[str, str, str, tuple[int, ...]], Observed]
+"""By (purpose, phase, operation, ranks)."""
 
 
 @dataclass(frozen=True)
 class RealStep:
     """One rank's third optimizer step, as it was."""
 
-    seen: Seen
+    seen: Purposes
     exchanges: Exchanges
     shapes: dict[str, tuple[int, ...]]
     weights: int
@@ -61,11 +65,18 @@ def take_steps(config: RunConfig) -> RealStep:
     gradients = _noted_gradients(trainer)
     _note_shapes(trainer.model, shapes)
     recomputes = config.training.recompute == "full"
-    with _recorded_exchanges(recomputes) as recorded, CollectiveObserver() as observer:
+    with _recorded_exchanges(recomputes) as recorded, CollectiveObserver(groups) as observer:
         trainer.train_step()
     exchanges = {name: recorded[i :: len(blocks)] for i, name in enumerate(blocks)}
     weights, optimizer = _held(trainer)
-    return RealStep(observer.seen, exchanges, shapes, weights, gradients, optimizer)
+    return RealStep(_by_purpose(observer), exchanges, shapes, weights, gradients, optimizer)
+
+
+def _by_purpose(observer: CollectiveObserver) -> Purposes:
+    seen: dict[tuple[str, str, str, tuple[int, ...]], list[Call]] = defaultdict(list)
+    for call in chain.from_iterable(observer.calls.values()):
+        seen[call.purpose, call.phase, call.operation, call.ranks].append(call)
+    return {key: Observed.of(calls) for key, calls in seen.items()}
 
 
 @contextmanager

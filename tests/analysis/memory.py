@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,8 @@ from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.memory import StepMemory, step_memory
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
-from uoe_parallel.analysis.work import BlockWork, Workload
+from uoe_parallel.analysis.states import ModelStates, StateRules
+from uoe_parallel.analysis.work import BlockWork, Workload, expected_work
 from uoe_parallel.benchmark.allocations import kept_for_backward, storage_bytes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.dispatch import dispatcher
@@ -151,3 +152,17 @@ def kept_bytes(config: RunConfig) -> tuple[int, int]:
     work = dict(zip(model.routed_blocks(), recorded, strict=True))
     stage = Activations(model, config, work, on_cuda=False).stage()
     return saved, stage.kept.total
+
+
+def first_stage_memory(
+    config: RunConfig, world: int, in_flight: Sequence[int | None], *, on_cuda: bool
+) -> tuple[list[StepMemory], ModelStates, int]:
+    """Of rank 0 of a world, with so many micro-batches in flight; its states, and what it keeps of
+    one micro-batch."""
+    dist.destroy_process_group()
+    with simulated_groups(ParallelLayout.from_config(config.parallel, world), 0) as groups:
+        model = build_stage(config, groups)
+        work = expected_work(model, config)
+        memories = [step_memory(model, config, work, n, on_cuda=on_cuda) for n in in_flight]
+        kept = Activations(model, config, work, on_cuda=on_cuda).stage().kept
+        return memories, StateRules(model, config).model_states(), kept.total

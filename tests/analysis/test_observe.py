@@ -14,6 +14,7 @@ from tests.analysis.cases import Seen
 from tests.harness import Ranks
 from uoe_parallel.analysis.observe import CollectiveObserver, Observed
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 ONES = torch.ones(6)
 BYTES = 24
@@ -26,7 +27,8 @@ def _group() -> dist.ProcessGroup:
 
 
 def _reduce_in_backward() -> None:
-    comm.sum_gradient(ONES.clone().requires_grad_(), _group()).sum().backward()
+    x = comm.sum_gradient(ONES.clone().requires_grad_(), _group(), Purpose.OTHER)
+    x.sum().backward()
 
 
 def _send_around() -> None:
@@ -42,7 +44,7 @@ def _uneven() -> None:
     own = dist.get_rank() + 1
     send = [own, 6 - own] if dist.get_rank() == 0 else [6 - own, own]
     receive = [1, 4] if dist.get_rank() == 0 else [5, 2]
-    comm.all_to_all(ONES, receive, send, _group())
+    comm.all_to_all(ONES, receive, send, _group(), Purpose.OTHER)
 
 
 def _by_deepspeed() -> None:
@@ -100,7 +102,7 @@ def test_group_of_one_is_left_out(ranks: Ranks) -> None:
 
 
 def _unknown_operator() -> None:
-    with CollectiveObserver(), pytest.raises(KeyError, match="allreduce_coalesced_"):
+    with CollectiveObserver(), pytest.raises(KeyError, match="allreduce_coalesced"):
         dist.all_reduce_coalesced([ONES.clone()])
 
 

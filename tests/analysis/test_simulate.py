@@ -14,6 +14,7 @@ from tests.analysis.cases import places_in_a_run, simulate, stage_is_on_meta
 from tests.harness import RankError, Ranks
 from tests.tiny import tiny_config
 from uoe_parallel.analysis.simulate import Simulation
+from uoe_parallel.analysis.transfer import Transfer
 from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.sharding import Shard
@@ -104,7 +105,9 @@ def test_any_rank_of_thousands(
 def _check_traffic(simulation: Simulation, config: RunConfig) -> None:
     """What follows from the layout without any formula of a collective."""
     layout, model = simulation.layout, config.model
-    by_purpose = {(t.purpose, t.phase, t.group): t for t in simulation.traffic}
+    by_purpose: dict[tuple[str, str, str], Transfer] = {
+        (t.purpose, t.phase, t.group): t for t in simulation.traffic
+    }
     element = 2 if config.training.precision == "bf16" else 4
     length, batch, width = simulation.shapes["hidden states"]
     assert (length * layout.tensor, batch, width) == (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.analysis.cases import RealStep, Seen, simulate, take_steps
+from tests.analysis.cases import Purposes, RealStep, simulate, take_steps
 from tests.harness import Ranks
 from tests.tiny import tiny_config, write_corpus
 from uoe_parallel.analysis.observe import Observed
@@ -292,11 +292,12 @@ def _simulate(
     return simulations
 
 
-def _sums(simulation: Simulation) -> Seen:
-    """By operation and ranks, as an observer counts."""
+def _sums(simulation: Simulation) -> Purposes:
+    """As an observer counts: two groups of the same ranks are one."""
     sums: dict[Any, list[int]] = defaultdict(lambda: [0, 0, 0])
     for transfer in simulation.traffic:
-        total = sums[transfer.operation, simulation.groups[transfer.group]]
+        ranks = simulation.groups[transfer.group]
+        total = sums[transfer.purpose, transfer.phase, transfer.operation, ranks]
         total[0] += transfer.calls
         total[1] += transfer.payload
         total[2] += transfer.kept

@@ -17,6 +17,7 @@ from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.parallel.purposes import Purpose
 
 Pair = tuple[int, int, int]
 """Position in the whole sequence, sequence, expert."""
@@ -98,7 +99,7 @@ def _plan(
 ) -> tuple[RoutePlan, Assignment, Tensor]:
     """The plan of this rank's tokens, and the assignment and order of what arrives."""
     plan = plan_exchange(mask, group)
-    ids = comm.all_to_all(plan.pair_ids, plan.receive_pairs, plan.send_pairs, group)
+    ids = comm.all_to_all(plan.pair_ids, plan.receive_pairs, plan.send_pairs, group, Purpose.OTHER)
     shape = (mask.shape[0], mask.shape[1])
     return plan, *plan_arrivals(plan, ids, shape, num_shards, documents)
 

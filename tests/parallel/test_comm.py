@@ -13,8 +13,10 @@ from torch.distributed import ProcessGroup
 from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
-Operation = Callable[[Tensor, ProcessGroup], Tensor]
+Operation = Callable[[Tensor, ProcessGroup, Purpose], Tensor]
+OTHER = Purpose.OTHER
 
 
 def _forward_and_backward(
@@ -23,7 +25,7 @@ def _forward_and_backward(
     rank = dist.get_rank()
     groups = start(dist.get_world_size(), sequence_parallel=False)
     x = inputs[rank].clone().requires_grad_()
-    y = operation(x, groups.tensor)
+    y = operation(x, groups.tensor, OTHER)
     y.backward(upstreams[rank])
     assert x.grad is not None
     return y.detach(), x.grad
@@ -51,10 +53,10 @@ def _strided_and_shared(group_size: int) -> tuple[Tensor, Tensor]:
     group = start(group_size, sequence_parallel=False).tensor
     x, beside = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
     # sum() hands down an expanded gradient, and + hands one tensor to both branches.
-    (comm.sum_gradient(x, group) + beside).sum().backward()
+    (comm.sum_gradient(x, group, OTHER) + beside).sum().backward()
     y = torch.zeros(2, 3, requires_grad=True)
     z = torch.zeros(2, 3, requires_grad=True)
-    (comm.sum_gradient(y, group) + z).backward(torch.ones(2, 3))
+    (comm.sum_gradient(y, group, OTHER) + z).backward(torch.ones(2, 3))
     assert x.grad is not None and beside.grad is not None
     assert y.grad is not None and z.grad is not None
     return torch.stack((x.grad, y.grad)), torch.stack((beside.grad, z.grad))
@@ -86,11 +88,11 @@ def test_gather_sequence(ranks: Ranks) -> None:
     _check(found, [torch.cat(x)] * 2, [torch.tensor([[10.0]]), torch.tensor([[16.0]])])
 
 
-def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+def _exchange(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """Rank 0 sends one row to itself and two to rank 1, which sends one to rank 0 only."""
     send = [[1, 2], [1, 0]]
     receive = [[1, 1], [2, 0]]
-    return comm.all_to_all(x, receive[group.rank()], send[group.rank()], group)
+    return comm.all_to_all(x, receive[group.rank()], send[group.rank()], group, purpose)
 
 
 def test_all_to_all_sends_gradients_back(ranks: Ranks) -> None:
@@ -101,12 +103,12 @@ def test_all_to_all_sends_gradients_back(ranks: Ranks) -> None:
     _check(found, values, [torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([[13.0]])])
 
 
-def _exchange_meanwhile(x: Tensor, group: ProcessGroup) -> Tensor:
+def _exchange_meanwhile(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """As `_exchange`, with another exchange before the rows are waited for."""
     send = [[1, 2], [1, 0]]
     receive = [[1, 1], [2, 0]]
-    arrived = comm.start_all_to_all(x, receive[group.rank()], send[group.rank()], group)
-    again = _exchange(x.detach(), group)
+    arrived = comm.start_all_to_all(x, receive[group.rank()], send[group.rank()], group, purpose)
+    again = _exchange(x.detach(), group, purpose)
     rows = arrived()
     assert torch.equal(rows, again)
     return rows
@@ -120,11 +122,13 @@ def test_rows_travel_while_others_do(ranks: Ranks) -> None:
     _check(found, values, [torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([[13.0]])])
 
 
-def _exchange_with_ids(x: Tensor, group: ProcessGroup) -> Tensor:
+def _exchange_with_ids(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     send = [[1, 2], [1, 0]]
     receive = [[1, 1], [2, 0]]
     ids = 2**31 - 1 - torch.arange(len(x)) - 10 * group.rank()
-    values, ids = comm.all_to_all_with_ids(x, ids, receive[group.rank()], send[group.rank()], group)
+    values, ids = comm.all_to_all_with_ids(
+        x, ids, receive[group.rank()], send[group.rank()], group, purpose
+    )
     assert ids.dtype is torch.int64
     assert (2**31 - 1 - ids).tolist() == [[0, 10], [1, 2]][group.rank()]
     return values
@@ -143,10 +147,10 @@ def test_values_and_ids_travel_together(ranks: Ranks, dtype: torch.dtype) -> Non
         assert torch.equal(gradient, wanted_gradient)
 
 
-def _exchange_nothing_from_rank_1(x: Tensor, group: ProcessGroup) -> Tensor:
+def _exchange_nothing_from_rank_1(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     send = [[0, 2], [0, 0]]
     receive = [[0, 0], [2, 0]]
-    return comm.all_to_all(x, receive[group.rank()], send[group.rank()], group)
+    return comm.all_to_all(x, receive[group.rank()], send[group.rank()], group, purpose)
 
 
 def test_all_to_all_with_a_rank_that_sends_and_one_that_receives_nothing(ranks: Ranks) -> None:
@@ -168,12 +172,12 @@ def _without_gradients() -> dict[str, Tensor]:
     group = start(2, sequence_parallel=False).tensor
     shard = torch.tensor([[1, 2], [3, 4]]) + 10 * rank
     return {
-        "gather_last_dim": comm.gather_last_dim(shard.float(), group),
-        "gather_rows": comm.gather_shards(shard, 0, group),
-        "gather_columns": comm.gather_shards(shard.t(), 1, group),
+        "gather_last_dim": comm.gather_last_dim(shard.float(), group, OTHER),
+        "gather_rows": comm.gather_shards(shard, 0, group, OTHER),
+        "gather_columns": comm.gather_shards(shard.t(), 1, group, OTHER),
         # Row p of the counts is for rank p.
-        "exchange_counts": comm.exchange_counts(shard, group),
-        "exchange_strided_counts": comm.exchange_counts(shard.t(), group),
+        "exchange_counts": comm.exchange_counts(shard, group, OTHER),
+        "exchange_strided_counts": comm.exchange_counts(shard.t(), group, OTHER),
     }
 
 
@@ -193,11 +197,11 @@ def _reduce(tensor: int) -> dict[str, list[float]]:
     groups = start(tensor, sequence_parallel=False)
     x = torch.tensor([2.0**groups.rank, -1.0 * groups.rank]).requires_grad_()
     results = {
-        "sum over tensor": comm.sum_over(x, groups.tensor),
-        "sum over both": comm.sum_over(x, groups.tensor, groups.data),
-        "max over data": comm.max_over(x, groups.data),
-        "max over both": comm.max_over(x, groups.tensor, groups.data),
-        "own": comm.sum_over(x),
+        "sum over tensor": comm.sum_over(x, groups.tensor, purpose=OTHER),
+        "sum over both": comm.sum_over(x, groups.tensor, groups.data, purpose=OTHER),
+        "max over data": comm.max_over(x, groups.data, purpose=OTHER),
+        "max over both": comm.max_over(x, groups.tensor, groups.data, purpose=OTHER),
+        "own": comm.sum_over(x, purpose=OTHER),
     }
     assert not any(result.requires_grad for result in results.values())
     results["own"].detach().zero_()

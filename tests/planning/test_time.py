@@ -8,6 +8,7 @@ from tests.planning.cases import machine
 from uoe_parallel.analysis.flops import Computation
 from uoe_parallel.analysis.states import ModelStates
 from uoe_parallel.analysis.transfer import Operation, Transfer
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.planning.time import (
     Route,
     StageTime,
@@ -24,7 +25,7 @@ TWO_EACH = Route.of([0, 1, 4, 5, 8, 9], MACHINE)
 
 
 def _transfer(operation: Operation, payload: int, calls: int = 1, kept: int = 0) -> Transfer:
-    return Transfer("", "forward", "data", operation, calls, payload, kept)
+    return Transfer(Purpose.HEAD, "forward", "data", operation, calls, payload, kept)
 
 
 def test_routes_know_nodes() -> None:
@@ -71,9 +72,9 @@ def _work(*, overlaps: bool = False, recompute: int = 0, weights: int = 0) -> Wo
         Computation("experts", "recompute", recompute),
         Computation("experts", "backward", 2 * 10**12),
     ]
-    gathered = Transfer("weights", "forward", "data", "all_gather", 2, 2 * 10**9, 0)
-    dispatched = Transfer("dispatch rows", "forward", "tensor", "send", 2, 2 * 10**10, 0)
-    reduced = Transfer("gradients", "step", "data", "all_gather", 1, 10**9, 0)
+    gathered = Transfer(Purpose.WEIGHTS, "forward", "data", "all_gather", 2, 2 * 10**9, 0)
+    dispatched = Transfer(Purpose.DISPATCH_ROWS, "forward", "tensor", "send", 2, 2 * 10**10, 0)
+    reduced = Transfer(Purpose.GRADIENTS, "step", "data", "all_gather", 1, 10**9, 0)
     return Work(
         computations=computations,
         kept=10**10,

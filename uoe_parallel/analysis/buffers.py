@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from torch import nn
@@ -79,8 +80,8 @@ class StepBuffers(StateRules):
     def optimizer(self) -> Iterator[Held]:
         """From the last backward pass to the next step."""
         if self.is_flat_bf16:
-            flat = max(closed_at(map(self.padded_size, self.parameter_groups), _AT_ONCE))
-            yield Held(self.states.gradients, 4 * flat)
+            sizes = map(self.padded_size, self.parameter_groups)
+            yield Held(self.states.gradients, 4 * _most_copied(sizes))
             yield Held(self.states.gradients, _NORM * self.largest)
         elif self.stage == 0:
             yield from self._plain()
@@ -118,9 +119,11 @@ class StepBuffers(StateRules):
     def _plain(self) -> Iterator[Held]:
         """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
         kinds = [[p.numel() for p in self.params if is_wide(p) == wide] for wide in (False, True)]
-        flat = max(max(closed_at(sizes, _AT_ONCE), default=0) for sizes in kinds)
-        cast = self.reduced_element if self.reduced_element != self.element else 0
-        yield Held(self.states.gradients, (self.element + cast) * flat)
+        copied = self.element * max(map(_most_copied, kinds))
+        if self.reduced_element != self.element:
+            runs = chain.from_iterable(closed_at(sizes, _AT_ONCE) for sizes in kinds)
+            copied += self.reduced_element * max(runs)
+        yield Held(self.states.gradients, copied)
         masters = 4 * self.size if self.is_bf16 else 0
         yield Held(self.states.gradients, masters + _NORM * self.largest)
 
@@ -158,6 +161,19 @@ class StepBuffers(StateRules):
 
 
 _AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1
+"""Elements from which on the engine reduces what it has put together."""
+
+
+def _most_copied(sizes: Iterable[int]) -> int:
+    """Elements of the largest flat copy of gradients of these sizes, put together as `closed_at`
+    does: one that stays alone is not copied."""
+    most = total = number = 0
+    for size in sizes:
+        total, number = total + size, number + 1
+        most = max(most, total if number > 1 else 0)
+        if total >= _AT_ONCE:
+            total = number = 0
+    return most
 
 
 def _size(params: Iterable[nn.Parameter]) -> int:

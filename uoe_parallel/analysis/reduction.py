@@ -15,10 +15,11 @@ from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from torch import nn
 
 from uoe_parallel.analysis.states import StateRules, spans
-from uoe_parallel.analysis.transfer import Phase, Transfer, times
+from uoe_parallel.analysis.transfer import Transfer, times
 from uoe_parallel.analysis.zero3 import gatherings
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.parallel.sharding import is_wide
 
 _NORM = 8  # bytes of an fp64
@@ -37,7 +38,7 @@ def gradient_traffic(
     reduced = list(rules.reduced_gradients())
     yield from times(reduced, micro_batches if rules.stage == 2 else 1)
     yield from rules.checks()
-    yield Transfer("gradient norm", "step", "world", "all_reduce", 1, _NORM)
+    yield Transfer(Purpose.GRADIENT_NORM, "step", "world", "all_reduce", 1, _NORM)
     yield from rules.gathered_weights()
 
 
@@ -50,7 +51,7 @@ class _Rules(StateRules):
             return
         element = 4 if self.is_flat_bf16 and self.stage == 1 else self.element
         payload = model.embedding.tokens.weight.numel() * element
-        purpose = "gradients of the tied embedding"
+        purpose = Purpose.TIED_EMBEDDING
         yield Transfer(purpose, "step", "tied_stages", "all_reduce", 1, payload)
 
     def reduced_gradients(self) -> Iterator[Transfer]:
@@ -71,7 +72,7 @@ class _Rules(StateRules):
         group = "expert_data" if wide else "data"
         for size in sizes:
             payload = size * self.reduced_element
-            yield Transfer("gradients", phase, group, "all_reduce", 1, payload)
+            yield Transfer(Purpose.GRADIENTS, phase, group, "all_reduce", 1, payload)
 
     def _bucketed(self, wide: bool) -> Iterator[int]:
         """Elements of the all-reduces of ZeRO 1 and 2: of each bucket, in each kind of group."""
@@ -100,13 +101,13 @@ class _Rules(StateRules):
         for params in self.parameter_groups:
             group = "expert_data" if is_wide(params[0]) else "data"
             payload = self.part_size(params) * self.element
-            yield Transfer("weights", "step", group, "all_gather", 1, payload)
+            yield Transfer(Purpose.WEIGHTS, "step", group, "all_gather", 1, payload)
 
     def checks(self) -> Iterator[Transfer]:
         """DeepSpeed's own look at bf16 gradients: are they finite, and in part their norm."""
 
         def reduce(group: str, size: int) -> Transfer:
-            return Transfer("DeepSpeed's checks", "step", group, "all_reduce", 1, size)
+            return Transfer(Purpose.DEEPSPEED_CHECKS, "step", group, "all_reduce", 1, size)
 
         if not self.is_bf16:
             return
@@ -131,22 +132,22 @@ class _Rules(StateRules):
         """One micro-batch under ZeRO 3: weights gathered for their modules, gradients scattered."""
         for gathering in gatherings(self):
             payload = sum(map(self.partition_size, gathering.params)) * self.element
-            yield Transfer("weights", gathering.phase, "data", "all_gather", 1, payload)
+            yield Transfer(Purpose.WEIGHTS, gathering.phase, "data", "all_gather", 1, payload)
         params = list(self.model.parameters())[::-1]
         for bucket in filled_up_to(params, self.zero.reduce_bucket_size):
             size = sum(self.partition_size(p) * self.replicas(p) for p in bucket)
             payload = size * self.reduced_element
-            yield Transfer("gradients", "backward", "data", "reduce_scatter", 1, payload)
+            yield Transfer(Purpose.GRADIENTS, "backward", "data", "reduce_scatter", 1, payload)
 
     def zero3_step(self) -> Iterator[Transfer]:
         """The end of a step under ZeRO 3: norms of the optimizer's groups, weights kept whole."""
         for params in self.parameter_groups:
             for _ in closed_at(map(self.partition_size, params), self.zero.sub_group_size):
-                yield Transfer("gradient norm", "step", "data", "all_reduce", 1, _NORM)
-                yield Transfer("gradient norm", "step", "tensor", "all_reduce", 1, _NORM)
+                yield Transfer(Purpose.GRADIENT_NORM, "step", "data", "all_reduce", 1, _NORM)
+                yield Transfer(Purpose.GRADIENT_NORM, "step", "tensor", "all_reduce", 1, _NORM)
         for param in self.kept_whole():
             payload = self.partition_size(param) * self.element
-            yield Transfer("weights kept whole", "step", "data", "all_gather", 1, payload)
+            yield Transfer(Purpose.KEPT_WEIGHTS, "step", "data", "all_gather", 1, payload)
 
 
 def closed_at(sizes: Iterable[int], least: int) -> Iterator[int]:

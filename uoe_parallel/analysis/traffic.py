@@ -19,13 +19,14 @@ import torch
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.reduction import gradient_traffic
-from uoe_parallel.analysis.transfer import Phase, Transfer, group_sizes, merged, times
+from uoe_parallel.analysis.transfer import Transfer, group_sizes, merged, times
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.routing.level import Level
 from uoe_parallel.training.engine import DTYPES
 
@@ -34,8 +35,6 @@ Exchanges = Mapping[str, Sequence[ExchangeSizes]]
 micro-batch of the step."""
 
 _COUNT = 8  # bytes of an int64, and of an fp64
-_BALANCE = "balance counts"
-_SCORES = "routing scores"
 
 
 def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) -> list[Transfer]:
@@ -77,19 +76,19 @@ def exchange_traffic(
     """Of one exchange, of rows of `row` bytes and gates of `gate` bytes, by rank `rank` of the
     `group`."""
 
-    def all_to_all(purpose: str, phase: Phase, counts: list[int], size: int) -> Transfer:
+    def all_to_all(purpose: Purpose, phase: Phase, counts: list[int], size: int) -> Transfer:
         payload, kept = sum(counts) * size, counts[rank] * size
         return Transfer(purpose, phase, group, "all_to_all", 1, payload, kept)
 
     each = [2] * len(sizes.send_rows)
-    yield all_to_all("dispatch counts", "forward", each, _COUNT)
-    yield all_to_all("dispatch rows", "forward", sizes.send_rows, row)
-    yield all_to_all("dispatch rows", "backward", sizes.receive_rows, row)
+    yield all_to_all(Purpose.DISPATCH_COUNTS, "forward", each, _COUNT)
+    yield all_to_all(Purpose.DISPATCH_ROWS, "forward", sizes.send_rows, row)
+    yield all_to_all(Purpose.DISPATCH_ROWS, "backward", sizes.receive_rows, row)
     # A gate and the number of its pair, of the same size.
-    yield all_to_all("dispatch gates", "forward", sizes.send_pairs, 2 * gate)
-    yield all_to_all("dispatch gates", "backward", sizes.receive_pairs, gate)
-    yield all_to_all("combine rows", "forward", sizes.receive_rows, row)
-    yield all_to_all("combine rows", "backward", sizes.send_rows, row)
+    yield all_to_all(Purpose.DISPATCH_GATES, "forward", sizes.send_pairs, 2 * gate)
+    yield all_to_all(Purpose.DISPATCH_GATES, "backward", sizes.receive_pairs, gate)
+    yield all_to_all(Purpose.COMBINE_ROWS, "forward", sizes.receive_rows, row)
+    yield all_to_all(Purpose.COMBINE_ROWS, "backward", sizes.send_rows, row)
 
 
 class _Passes:
@@ -147,7 +146,7 @@ class _Passes:
         groups = self.model.groups
         if self.config.has_documents and groups.expert.size() > groups.tensor.size():
             payload = self.tokens * _COUNT
-            yield Transfer("documents", "forward", "expert", "all_gather", 1, payload)
+            yield Transfer(Purpose.DOCUMENTS, "forward", "expert", "all_gather", 1, payload)
 
     def exchanged(self, exchanges: Exchanges, number: int) -> Iterator[Transfer]:
         """What travels to experts and back, in all `number` micro-batches."""
@@ -165,7 +164,7 @@ class _Passes:
         for transfer in transfers:
             again = self.recomputes and transfer.phase == "forward"
             # Only a pass with gradients has losses.
-            if not again or transfer.purpose != _BALANCE:
+            if not again or transfer.purpose != Purpose.BALANCE:
                 yield transfer
             if again:
                 yield replace(transfer, phase="recompute")
@@ -178,26 +177,26 @@ class _Passes:
 
     def _embedding(self) -> Iterator[Transfer]:
         if self.sharded:
-            yield self._scatter("embedding", "forward")
-            yield self._gather("embedding", "backward")
+            yield self._scatter(Purpose.EMBEDDING, "forward")
+            yield self._gather(Purpose.EMBEDDING, "backward")
         else:
-            yield self._reduce("embedding", "forward", self.whole)
+            yield self._reduce(Purpose.EMBEDDING, "forward", self.whole)
 
     def _block(self, block: DenseBlock) -> Iterator[Transfer]:
         if isinstance(block, RoutedBlock):
             yield from self._routing(block)
         else:
-            yield from self._column_parallel("dense blocks")
+            yield from self._column_parallel(Purpose.DENSE_BLOCKS)
             if self.sharded:
-                yield self._scatter("dense blocks", "forward")
-                yield self._gather("dense blocks", "backward")
+                yield self._scatter(Purpose.DENSE_BLOCKS, "forward")
+                yield self._gather(Purpose.DENSE_BLOCKS, "backward")
             else:
-                yield self._reduce("dense blocks", "forward", self.whole)
+                yield self._reduce(Purpose.DENSE_BLOCKS, "forward", self.whole)
         bias = block.experts.output_bias
         if bias is not None:
             yield from self._replicated_weight(self.element * self.width)
 
-    def _column_parallel(self, purpose: str) -> Iterator[Transfer]:
+    def _column_parallel(self, purpose: Purpose) -> Iterator[Transfer]:
         """Megatron's linear, which gathers its input a second time for the weight's gradient."""
         if self.sharded:
             yield self._gather(purpose, "forward")
@@ -212,9 +211,9 @@ class _Passes:
             yield from self._level(level, block.router.num_routed)
         if not block.spreads_tokens:
             gates = self.tokens * block.router.num_experts * self.precise
-            yield self._reduce("replicated rows", "forward", self.whole)
-            yield self._reduce("replicated rows", "backward", self.whole)
-            yield self._reduce("replicated gates", "backward", gates)
+            yield self._reduce(Purpose.REPLICATED_ROWS, "forward", self.whole)
+            yield self._reduce(Purpose.REPLICATED_ROWS, "backward", self.whole)
+            yield self._reduce(Purpose.REPLICATED_GATES, "backward", gates)
         elif _gathers(block):
             yield from self._gathered(block)
 
@@ -226,7 +225,7 @@ class _Passes:
         def to_experts(phase: Phase, element: int) -> Transfer:
             payload = pairs * element
             kept = payload // ranks
-            return Transfer("gathered gates", phase, group, "all_to_all", 1, payload, kept)
+            return Transfer(Purpose.GATHERED_GATES, phase, group, "all_to_all", 1, payload, kept)
 
         yield to_experts("forward", 1)  # the mask, in bytes
         yield to_experts("forward", self.precise)
@@ -234,59 +233,59 @@ class _Passes:
         phases: tuple[Phase, Phase] = ("forward", "backward")
         for phase in phases:
             sums = self.shard * ranks
-            yield Transfer("gathered rows", phase, group, "all_gather", 1, self.shard)
-            yield Transfer("gathered rows", phase, group, "reduce_scatter", 1, sums)
+            yield Transfer(Purpose.GATHERED_ROWS, phase, group, "all_gather", 1, self.shard)
+            yield Transfer(Purpose.GATHERED_ROWS, phase, group, "reduce_scatter", 1, sums)
 
     def _level(self, level: Level, experts: int) -> Iterator[Transfer]:
         """Of one decision of a router."""
         scopes = {rule.scope for rule in level.balance}
         if "batch" in scopes:
-            yield Transfer(_BALANCE, "forward", "data", "all_reduce", 1, _COUNT * experts)
+            yield Transfer(Purpose.BALANCE, "forward", "data", "all_reduce", 1, _COUNT * experts)
         if not self.sharded:
             return
         yield from self._replicated_weight(self.precise * experts * self.width)
         if scopes - {"none"}:
-            yield self._reduce(_BALANCE, "forward", _COUNT * self.sequences * experts)
+            yield self._reduce(Purpose.BALANCE, "forward", _COUNT * self.sequences * experts)
         scores = self.tokens * experts * self.precise
         share = scores // self.tensor_size
         length = self.tokens // self.sequences
         documents = Documents.whole(length, 1, torch.device("cpu"))
         units = level.units(replace(documents, one_each=not self.config.has_documents))
         if not level.scores_lie_within(units, length // self.tensor_size):
-            yield Transfer(_SCORES, "forward", "tensor", "all_gather", 1, share)
-            yield Transfer(_SCORES, "backward", "tensor", "reduce_scatter", 1, scores)
+            yield Transfer(Purpose.SCORES, "forward", "tensor", "all_gather", 1, share)
+            yield Transfer(Purpose.SCORES, "backward", "tensor", "reduce_scatter", 1, scores)
         if not level.chooses_by_unit:
-            yield Transfer(_SCORES, "forward", "tensor", "all_gather", 1, share)
+            yield Transfer(Purpose.SCORES, "forward", "tensor", "all_gather", 1, share)
 
     def _replicated_weight(self, size: int) -> Iterator[Transfer]:
         """The gradient of a whole weight that meets a shard of the tokens."""
         if self.sharded:
-            yield self._reduce("gradients of replicated weights", "backward", size)
+            yield self._reduce(Purpose.REPLICATED_WEIGHTS, "backward", size)
 
     def _head(self) -> Iterator[Transfer]:
         head = self.model.head
         if isinstance(head, VocabularyHead):
-            yield from self._column_parallel("head")
+            yield from self._column_parallel(Purpose.HEAD)
             yield from self._loss(head)
         elif self.sharded:
-            yield self._reduce("head", "forward", self.sequences * self.width * self.precise)
+            yield self._reduce(Purpose.HEAD, "forward", self.sequences * self.width * self.precise)
 
     def _loss(self, head: VocabularyHead) -> Iterator[Transfer]:
         if self.element == 8:  # see VocabularyHead.losses
             vocabulary = head.logits.output_size // self.tensor_size
             payload = self.tokens * vocabulary * self.element
-            yield Transfer("loss", "forward", "tensor", "all_gather", 1, payload)
+            yield Transfer(Purpose.LOSS, "forward", "tensor", "all_gather", 1, payload)
         else:
             for _ in ("largest logit", "logit of the label", "sum of exponentials"):
-                yield self._reduce("loss", "forward", self.tokens * self.precise)
+                yield self._reduce(Purpose.LOSS, "forward", self.tokens * self.precise)
 
-    def _gather(self, purpose: str, phase: Phase) -> Transfer:
+    def _gather(self, purpose: Purpose, phase: Phase) -> Transfer:
         return Transfer(purpose, phase, "tensor", "all_gather", 1, self.shard)
 
-    def _scatter(self, purpose: str, phase: Phase) -> Transfer:
+    def _scatter(self, purpose: Purpose, phase: Phase) -> Transfer:
         return Transfer(purpose, phase, "tensor", "reduce_scatter", 1, self.whole)
 
-    def _reduce(self, purpose: str, phase: Phase, payload: int) -> Transfer:
+    def _reduce(self, purpose: Purpose, phase: Phase, payload: int) -> Transfer:
         return Transfer(purpose, phase, "tensor", "all_reduce", 1, payload)
 
 
@@ -303,9 +302,9 @@ def _name_of_experts(block: RoutedBlock) -> str:
 def _between_stages(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
     groups = model.groups
     if not groups.is_last_stage:
-        yield Transfer("stage outputs", "forward", "next_stage", "send", 1, passes.shard)
+        yield Transfer(Purpose.STAGE_OUTPUTS, "forward", "next_stage", "send", 1, passes.shard)
     if not groups.is_first_stage:
-        yield Transfer("stage inputs", "backward", "previous_stage", "send", 1, passes.shard)
+        yield Transfer(Purpose.STAGE_INPUTS, "backward", "previous_stage", "send", 1, passes.shard)
 
 
 def _pipeline_loss(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
@@ -314,9 +313,9 @@ def _pipeline_loss(model: LanguageModel, passes: _Passes) -> Iterator[Transfer]:
     if groups.pipe.size() == 1:
         return
     if groups.is_last_stage:
-        yield Transfer("DeepSpeed's loss", "step", "data", "all_reduce", 1, passes.precise)
+        yield Transfer(Purpose.DEEPSPEED_LOSS, "step", "data", "all_reduce", 1, passes.precise)
     told = 2 * 4 if groups.is_last_stage else 0
-    yield Transfer("DeepSpeed's loss", "step", "pipe", "broadcast", 1, told)
+    yield Transfer(Purpose.DEEPSPEED_LOSS, "step", "pipe", "broadcast", 1, told)
 
 
 def _moved_rules(model: LanguageModel) -> Iterator[Transfer]:
@@ -324,13 +323,13 @@ def _moved_rules(model: LanguageModel) -> Iterator[Transfer]:
     rules = [rule for b in model.routed_blocks().values() for rule in b.router.running]
     size = sum(rule.observed.numel() for rule in rules) * _COUNT
     if rules:
-        yield Transfer("routing rules", "step", "data", "all_reduce", 1, size)
+        yield Transfer(Purpose.RULES, "step", "data", "all_reduce", 1, size)
     if rules and model.sequence_parallel:
-        yield Transfer("routing rules", "step", "tensor", "all_reduce", 1, size)
+        yield Transfer(Purpose.RULES, "step", "tensor", "all_reduce", 1, size)
 
 
 def _bookkeeping() -> Iterator[Transfer]:
-    yield Transfer("smallest and largest token", "step", "data", "all_reduce", 1, 2 * _COUNT)
-    yield Transfer("number of valid tokens", "step", "data", "all_reduce", 1, _COUNT)
-    yield Transfer("loss of the step", "step", "data", "all_reduce", 1, _COUNT)
-    yield Transfer("loss of the step", "step", "pipe", "all_reduce", 1, _COUNT)
+    yield Transfer(Purpose.TOKEN_RANGE, "step", "data", "all_reduce", 1, 2 * _COUNT)
+    yield Transfer(Purpose.VALID_TOKENS, "step", "data", "all_reduce", 1, _COUNT)
+    yield Transfer(Purpose.STEP_LOSS, "step", "data", "all_reduce", 1, _COUNT)
+    yield Transfer(Purpose.STEP_LOSS, "step", "pipe", "all_reduce", 1, _COUNT)

@@ -9,10 +9,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from uoe_parallel.parallel.groups import ParallelGroups
-
-Phase = Literal["forward", "recompute", "backward", "step"]
-"""Where in an optimizer step: in the forward pass, in what the backward pass repeats of it, in the
-rest of that, or before, between and after the passes."""
+from uoe_parallel.parallel.purposes import Phase, Purpose
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
 
@@ -21,7 +18,7 @@ Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", 
 class Transfer:
     """What a rank puts into all collectives of one purpose in a step."""
 
-    purpose: str
+    purpose: Purpose
     phase: Phase
     group: str
     """A name of `group_ranks`."""

@@ -10,10 +10,10 @@ from itertools import chain
 from torch import nn
 
 from uoe_parallel.analysis.states import StateRules
-from uoe_parallel.analysis.transfer import Phase
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import TransformerBlock
+from uoe_parallel.parallel.purposes import Phase
 
 
 @dataclass(frozen=True)

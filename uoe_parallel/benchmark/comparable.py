@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from uoe_parallel.analysis.flop_counter import flop_counter
 from uoe_parallel.benchmark.contenders import Contender
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 TOLERANCE = 1e-5
 """Of an output, relative to the largest one: fp32 against fp64."""
@@ -48,7 +49,11 @@ def check_comparable(contenders: Sequence[Contender], group: ProcessGroup) -> li
             y_SBD = contender.run()
         gates_TE, rows = contender.gates(), contender.rows()
         counts = [int((gates_TE != 0).sum()), rows, counter.get_total_flops() // 2]
-        work = Work(*comm.sum_over(torch.tensor(counts).to(y_SBD.device), group).tolist())
+        work = Work(
+            *comm.sum_over(
+                torch.tensor(counts).to(y_SBD.device), group, purpose=Purpose.MEASUREMENT
+            ).tolist()
+        )
         found = [*_own_faults(contender, y_SBD, gates_TE, group), *_count_faults(contender, work)]
         sizes = contender.problem.sizes
         who = f"{contender.name} (n {sizes.experts}, k {sizes.top_k})"
@@ -76,11 +81,8 @@ def _own_faults(
     for name, tensor in gradients.items():
         judged[f"leaves {name} without a finite gradient"] = not _is_finite(tensor.grad)
     wrong = torch.tensor(list(judged.values())).to(y_SBD.device, torch.int64)
-    return [
-        fault
-        for fault, seen in zip(judged, comm.max_over(wrong, group).tolist(), strict=True)
-        if seen
-    ]
+    wrong = comm.max_over(wrong, group, purpose=Purpose.MEASUREMENT)
+    return [fault for fault, seen in zip(judged, wrong.tolist(), strict=True) if seen]
 
 
 def _are_best(scores_TE: Tensor, gates_TE: Tensor, count: int) -> bool:

@@ -25,6 +25,7 @@ from uoe_parallel.benchmark.problem import Problem
 from uoe_parallel.benchmark.session import Session
 from uoe_parallel.benchmark.timing import ratios, time_in_turn
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 Entry = dict[str, Any]
 
@@ -106,7 +107,7 @@ def _try(foreign: Foreign, session: Session, problem: Problem) -> Contender | st
             library = f"{foreign.library} {_version(foreign.library)}"
             reason = f"{library}: {type(error).__name__}: {shorten(str(error), 200)}"
         failed = torch.tensor(reason is not None).to(session.device.torch_device, torch.int64)
-        if comm.max_over(failed, session.groups.world):
+        if comm.max_over(failed, session.groups.world, purpose=Purpose.MEASUREMENT):
             return reason or "it failed on another rank"
     return built[0]
 

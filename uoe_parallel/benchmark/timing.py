@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.device import Device
+from uoe_parallel.parallel.purposes import Purpose
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def time_in_turn(
             runs[name]()
             device.synchronize()
             seconds[names.index(name), turn] = perf_counter() - start
-    slowest = comm.max_over(seconds.to(device.torch_device), group)[:, warmup:].tolist()
+    slowest = comm.max_over(seconds.to(device.torch_device), group, purpose=Purpose.MEASUREMENT)[
+        :, warmup:
+    ].tolist()
     return dict(zip(names, slowest, strict=True))
 
 

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
-from uoe_parallel.analysis.observe import Call, CollectiveObserver
+from uoe_parallel.analysis.observe import CollectiveObserver
 from uoe_parallel.analysis.traffic import exchange_traffic
 from uoe_parallel.analysis.transfer import Transfer
 from uoe_parallel.benchmark.session import DTYPE, Session
 from uoe_parallel.benchmark.skew import even_mask, forced, skewed_mask
 from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 PURPOSES = ("rows", "counts", "gates and ids")
 PHASES = ("forward", "backward")
 _PURPOSE_OF = {
-    "dispatch rows": "rows",
-    "combine rows": "rows",
-    "dispatch counts": "counts",
-    "dispatch gates": "gates and ids",
+    Purpose.DISPATCH_ROWS: "rows",
+    Purpose.COMBINE_ROWS: "rows",
+    Purpose.DISPATCH_COUNTS: "counts",
+    Purpose.DISPATCH_GATES: "gates and ids",
 }
 
 
@@ -57,15 +58,18 @@ def _figures(session: Session, block: RoutedBlock, mask_SBE: Tensor) -> dict[str
     gate = torch.promote_types(DTYPE, torch.float32).itemsize
     expected = _by_purpose_planned(exchange_traffic(exchange, "tensor", rank, row, gate))
     measured = _observed(session, block)
-    differs = comm.max_over((measured != expected).any().to(torch.int64), group)
+    purpose = Purpose.MEASUREMENT
+    differs = (measured != expected).any().to(torch.int64)
+    differs = comm.max_over(differs, group, purpose=purpose)
     remote_rows = sum(exchange.send_rows) - exchange.send_rows[rank]
     remote_pairs = sum(exchange.send_pairs) - exchange.send_pairs[rank]
-    remote = comm.sum_over(torch.tensor([remote_rows, remote_pairs]), group)
+    remote = torch.tensor([remote_rows, remote_pairs])
+    remote = comm.sum_over(remote, group, purpose=purpose)
     remote_rows, remote_pairs = remote.tolist()
     gathered = (num_ranks - 1) * sizes.tokens * row
     return {
-        "measured_bytes": _named(comm.sum_over(measured, group)),
-        "expected_bytes": _named(comm.sum_over(expected, group)),
+        "measured_bytes": _named(comm.sum_over(measured, group, purpose=purpose)),
+        "expected_bytes": _named(comm.sum_over(expected, group, purpose=purpose)),
         "equal": not bool(differs),
         "all_gather_bytes": {"forward": 2 * gathered, "backward": 3 * gathered},
         "row_per_expert_bytes": dict.fromkeys(PHASES, 2 * remote_pairs * row),
@@ -89,16 +93,8 @@ def _by_purpose_seen(observer: CollectiveObserver) -> Tensor:
     sent = torch.zeros(len(PURPOSES), dtype=torch.int64)
     for (operation, _), calls in observer.calls.items():
         for call in calls if operation == "all_to_all" else ():
-            sent[PURPOSES.index(_purpose(call))] += call.payload - call.kept
+            sent[PURPOSES.index(_PURPOSE_OF[call.purpose])] += call.payload - call.kept
     return sent
-
-
-def _purpose(call: Call) -> str:
-    """Told by what is sent: vectors are rows, gates go alone or beside a number as wide as they
-    are, and counts are whole numbers of twice that width."""
-    if call.dtype is torch.int64:
-        return "counts"
-    return "gates and ids" if call.dtype is torch.int32 or not call.row_shape else "rows"
 
 
 def _by_purpose_planned(transfers: Iterable[Transfer]) -> Tensor:

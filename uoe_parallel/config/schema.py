@@ -260,7 +260,8 @@ class ProfileConfig(Section):
     """How many steps are timed; 0 times none. The results go to <run_dir>/profile."""
     wait_limit: float | None = Field(default=None, gt=0)
     """Seconds. A collective that waits longer for its ranks is reported, with the ranks that have
-    not arrived, and ends the run everywhere; null waits until the backend gives up."""
+    not arrived, and ends the run everywhere; null waits until the backend gives up. Choose it above
+    what ranks rightly wait for each other, as when one of them writes a checkpoint."""
 
 
 class RunConfig(Section):

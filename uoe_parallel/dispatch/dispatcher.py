@@ -12,6 +12,7 @@ from uoe_parallel.dispatch.plan import plan_arrivals, plan_exchange, plan_local
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.routing.router import Routing
 
 Experts = Callable[[Tensor, Tensor, Assignment], Tensor]
@@ -35,7 +36,11 @@ def run_sharded(
     """
     plan = plan_exchange(routing.mask_SBE, group)
     rows = comm.start_all_to_all(
-        plan.sent.gather(x_SBD.flatten(0, 1)), plan.receive_rows, plan.send_rows, group
+        plan.sent.gather(x_SBD.flatten(0, 1)),
+        plan.receive_rows,
+        plan.send_rows,
+        group,
+        Purpose.DISPATCH_ROWS,
     )
     # Which pairs they are for is said and sorted while rows travel.
     gates_N, ids_N = comm.all_to_all_with_ids(
@@ -44,11 +49,14 @@ def run_sharded(
         plan.receive_pairs,
         plan.send_pairs,
         group,
+        Purpose.DISPATCH_GATES,
     )
     length, batch, _ = x_SBD.shape
     assignment, order = plan_arrivals(plan, ids_N, (length, batch), num_shards, documents)
     sums_RD = experts(rows(), gates_N.gather(0, order), assignment)
-    returned = comm.all_to_all(sums_RD, plan.send_rows, plan.receive_rows, group)
+    returned = comm.all_to_all(
+        sums_RD, plan.send_rows, plan.receive_rows, group, Purpose.COMBINE_ROWS
+    )
     return plan.sent.sum(returned).view_as(x_SBD)
 
 
@@ -72,9 +80,10 @@ def run_gathered(
     gates_SBE = _to_experts(routing.gates_SBE, group)
     assignment, expert_N = plan_local(_side_by_side(mask_SBE, runs) > 0, documents)
     gates_N = _pick(_side_by_side(gates_SBE, runs), assignment.token_N, expert_N)
-    whole_SBD = _side_by_side(comm.gather_sequence(x_SBD, group), runs)
+    purpose = Purpose.GATHERED_ROWS
+    whole_SBD = _side_by_side(comm.gather_sequence(x_SBD, group, purpose), runs)
     sums_TD = experts(whole_SBD.flatten(0, 1), gates_N, assignment)
-    return comm.sum_shards(_in_turn(sums_TD.view_as(whole_SBD), runs), group)
+    return comm.sum_shards(_in_turn(sums_TD.view_as(whole_SBD), runs), group, purpose)
 
 
 def _to_experts(x_SBE: Tensor, group: ProcessGroup) -> Tensor:
@@ -82,7 +91,7 @@ def _to_experts(x_SBE: Tensor, group: ProcessGroup) -> Tensor:
     length, num_ranks = len(x_SBE), group.size()
     by_rank = x_SBE.unflatten(-1, (num_ranks, -1)).permute(2, 0, 1, 3).flatten(0, 1)
     counts = [length] * num_ranks
-    return comm.all_to_all(by_rank, counts, counts, group)
+    return comm.all_to_all(by_rank, counts, counts, group, Purpose.GATHERED_GATES)
 
 
 def _side_by_side(x: Tensor, runs: int) -> Tensor:
@@ -111,10 +120,10 @@ def run_replicated(
     num_local = routing.mask_SBE.shape[2] // group.size()
     own = slice(group.rank() * num_local, (group.rank() + 1) * num_local)
     assignment, expert_N = plan_local(routing.mask_SBE[..., own], documents)
-    x_TD = comm.sum_gradient(x_SBD, group).flatten(0, 1)
-    gates_SBE = comm.sum_gradient(routing.gates_SBE, group)[..., own]
+    x_TD = comm.sum_gradient(x_SBD, group, Purpose.REPLICATED_ROWS).flatten(0, 1)
+    gates_SBE = comm.sum_gradient(routing.gates_SBE, group, Purpose.REPLICATED_GATES)[..., own]
     sums_TD = experts(x_TD, _pick(gates_SBE, assignment.token_N, expert_N), assignment)
-    return comm.sum_forward(sums_TD, group).view_as(x_SBD)
+    return comm.sum_forward(sums_TD, group, Purpose.REPLICATED_ROWS).view_as(x_SBD)
 
 
 def _pick(gates_SBE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from uoe_parallel.experts.assignment import Assignment, sort_pairs
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.experts.rows import RowCopies
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def plan_exchange(mask_SBE: Tensor, group: ProcessGroup) -> RoutePlan:
     destination, pair_token, local_expert = mask_PTE.nonzero(as_tuple=True)
 
     counts_P2 = torch.stack((visits_PT.sum(1), mask_PTE.sum((1, 2))), dim=1)
-    received_P2 = comm.exchange_counts(counts_P2, group)
+    received_P2 = comm.exchange_counts(counts_P2, group, Purpose.DISPATCH_COUNTS)
     # The one copy to the host: the sizes of every later exchange.
     (send_rows, send_pairs), (receive_rows, receive_pairs) = (
         torch.stack((counts_P2, received_P2)).transpose(1, 2).tolist()

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
+from uoe_parallel.parallel.purposes import Purpose, labelled
 
 InitMethod = Callable[[Tensor], object]
 
@@ -66,7 +67,8 @@ class SlicedColumnParallelLinear(ColumnParallelLinear):
         `columns` are the part of each slice's width that is wanted.
         """
         if backend is None:
-            return super().forward(x)[0]
+            assert isinstance(self.tp_group, ProcessGroup)
+            return labelled(Purpose.DENSE_BLOCKS, self.tp_group, super().forward, x)[0]
         if counts_E is None:
             with _released_with(self.weight):
                 w_EMD = self.slices(self.weight)[:, columns]
@@ -123,7 +125,8 @@ class SlicedRowParallelLinear(RowParallelLinear):
         in the order of experts, not over the group.
         """
         if assignment is None or backend is None:
-            return super().forward(x)[0]
+            assert isinstance(self.tp_group, ProcessGroup)
+            return labelled(Purpose.DENSE_BLOCKS, self.tp_group, super().forward, x)[0]
         return _SummedProduct.apply(x, self.weight, assignment, backend, self)
 
     def slices(self, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 if TYPE_CHECKING:
     from uoe_parallel.experts.backends import Backend
@@ -38,7 +39,7 @@ def time_products(
             seconds[name] = min(seconds[name], seconds_of_product(backend, device, dtype))
     told = torch.tensor([*seconds.values()], dtype=torch.float64, device=device)
     if group is not None:
-        comm.broadcast(told, 0, group)
+        comm.broadcast(told, 0, group, Purpose.SETUP)
     return dict(zip(seconds, told.tolist(), strict=True))
 
 

@@ -25,6 +25,7 @@ from uoe_parallel.experts.cache import KeyValueCache
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.context import Context
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.routing.balance import Load
 from uoe_parallel.routing.balance.z_loss import z_loss
@@ -94,7 +95,9 @@ class DenseBlock(nn.Module):
         bias = experts.output_bias
         if bias is None:
             return y_SBD
-        return y_SBD + (comm.sum_gradient(bias, self.group) if self.sequence_parallel else bias)
+        if self.sequence_parallel:
+            bias = comm.sum_gradient(bias, self.group, Purpose.REPLICATED_WEIGHTS)
+        return y_SBD + bias
 
 
 class RoutedBlock(DenseBlock):
@@ -230,7 +233,8 @@ class RoutedBlock(DenseBlock):
                 scores_SBE = scores_SBE.repeat_interleave(length, dim=0)
                 return UnitScores(scores_SBE[: len(x_SBD)], None, units.at(positions))
             return level.summarise(self._scores(x_SBD, weight), units.at(positions))
-        scores_SBE = comm.gather_sequence(self._scores(x_SBD, weight), self.group)
+        scores_SBE = self._scores(x_SBD, weight)
+        scores_SBE = comm.gather_sequence(scores_SBE, self.group, Purpose.SCORES)
         return level.summarise(scores_SBE, units).at(positions)
 
     def _scores(self, x_SBD: Tensor, weight: Tensor) -> Tensor:
@@ -239,7 +243,7 @@ class RoutedBlock(DenseBlock):
         # Made precise first, so that its gradient is summed before it is rounded.
         weight = weight.to(precise)
         if self.sequence_parallel:
-            weight = comm.sum_gradient(weight, self.group)
+            weight = comm.sum_gradient(weight, self.group, Purpose.REPLICATED_WEIGHTS)
         return F.linear(x_SBD.to(precise), weight)
 
     @torch.no_grad()
@@ -253,7 +257,7 @@ class RoutedBlock(DenseBlock):
             assert judged.known_SB is None
             documents = judged.units.documents
             units, positions = level.units(documents), self._positions(documents)
-            whole_SBE = comm.gather_shards(choosing_SBE, 0, self.group)
+            whole_SBE = comm.gather_shards(choosing_SBE, 0, self.group, Purpose.SCORES)
             whole_SBE = level.choose(whole_SBE, units, None)
             chosen_SBE = whole_SBE[positions]
             mask_SBE = level.limit(whole_SBE, units)[positions]
@@ -327,10 +331,11 @@ class RoutedBlock(DenseBlock):
         counts_BE = (chosen_SBE & counted_SB.unsqueeze(-1)).sum(0)
         scopes = {rule.scope for rule in level.balance} - {"none"}
         if scopes and self.sequence_parallel:
-            counts_BE = comm.sum_over(counts_BE, self.group)
+            counts_BE = comm.sum_over(counts_BE, self.group, purpose=Purpose.BALANCE)
         counts = {"sequence": counts_BE}
         if "batch" in scopes:
-            counts["batch"] = comm.sum_over(counts_BE.sum(0, keepdim=True), self.data_group)
+            counts_1E = counts_BE.sum(0, keepdim=True)
+            counts["batch"] = comm.sum_over(counts_1E, self.data_group, purpose=Purpose.BALANCE)
         units_B = level.units_per_sequence(level.units(judged.units.documents))
         balance = scores_SBE.new_zeros(())
         for rule in level.balance:

@@ -12,6 +12,7 @@ from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,6 @@ def micro_batch_context(
     if documents_BS is None:
         return Context(own, Documents.whole(length, runs * batch, device))
     # Tensor ranks hold the same sequences: one of each run is enough.
-    gathered = comm.gather_shards(documents_BS, 0, groups.expert)
+    gathered = comm.gather_shards(documents_BS, 0, groups.expert, Purpose.DOCUMENTS)
     of_runs = gathered.unflatten(0, (runs, groups.tensor.size(), batch))[:, 0].flatten(0, 1)
     return Context(own, Documents.from_ids(of_runs))

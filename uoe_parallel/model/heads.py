@@ -5,6 +5,8 @@ Shape suffixes, beside those of the package: V ids of the vocabulary, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -18,6 +20,15 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.slices import InitMethod
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose, labelled
+
+
+class _ParallelLogits(ColumnParallelLinear):
+    """Megatron's, whose collectives have a name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(self.tp_group, ProcessGroup)
+        return labelled(Purpose.HEAD, self.tp_group, super().forward, *args, **kwargs)
 
 
 class VocabularyHead(nn.Module):
@@ -38,7 +49,7 @@ class VocabularyHead(nn.Module):
         self.used_vocab_size = used_vocab_size
         self.tied = tied
         self.group = group
-        self.logits = ColumnParallelLinear(
+        self.logits = _ParallelLogits(
             hidden_size,
             vocab_size,
             config=config,
@@ -61,24 +72,28 @@ class VocabularyHead(nn.Module):
         rank of the tensor group. Megatron overwrites fp32 logits."""
         labels_SB = labels_BS.transpose(0, 1).contiguous()
         if logits_SBV.dtype is torch.float64:  # which Megatron's would round
-            whole_SBV = comm.gather_last_dim(logits_SBV, self.group)
+            whole_SBV = comm.gather_last_dim(logits_SBV, self.group, Purpose.LOSS)
             return F.cross_entropy(whole_SBV.permute(1, 2, 0), labels_BS, reduction="none")
-        return vocab_parallel_cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
+        losses_SB = labelled(
+            Purpose.LOSS, self.group, vocab_parallel_cross_entropy, logits_SBV, labels_SB
+        )
+        return losses_SB.transpose(0, 1)
 
     @torch.no_grad()
     def correct(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Whether the label has the highest logit: bool [B, S], the same on every rank of the
         tensor group."""
         own = logits_SBV.max(-1)
-        highest_SB = comm.max_over(own.values, self.group)
+        highest_SB = comm.max_over(own.values, self.group, purpose=Purpose.EVALUATION)
         first = self.group.rank() * logits_SBV.shape[-1]
         # Of ranks that tie, the last one's: one guess, whatever the logits.
         guess_SB = torch.where(own.values == highest_SB, own.indices + first, -1)
-        return comm.max_over(guess_SB, self.group).transpose(0, 1) == labels_BS
+        guess_SB = comm.max_over(guess_SB, self.group, purpose=Purpose.EVALUATION)
+        return guess_SB.transpose(0, 1) == labels_BS
 
     def whole(self, logits_SBV: Tensor) -> Tensor:
         """The logits of the used vocabulary [B, S, V] on every rank of the tensor group."""
-        logits_SBV = comm.gather_last_dim(logits_SBV, self.group)
+        logits_SBV = comm.gather_last_dim(logits_SBV, self.group, Purpose.EVALUATION)
         return logits_SBV[..., : self.used_vocab_size].transpose(0, 1)
 
 
@@ -121,7 +136,7 @@ class ClassHead(nn.Module):
         sum_BD = x_SBD.to(precise).masked_fill(~own_SB1, 0).sum(0)
         if shards > 1:
             # Its backward pass hands every rank the gradient of the sum, which each has whole.
-            sum_BD = comm.sum_forward(sum_BD, self.group)
+            sum_BD = comm.sum_forward(sum_BD, self.group, Purpose.HEAD)
         return F.linear(sum_BD / count_B1, self.weight.to(precise), self.bias.to(precise))
 
     def losses(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:

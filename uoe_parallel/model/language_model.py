@@ -28,6 +28,7 @@ from uoe_parallel.model.norm import RMSNorm
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
+from uoe_parallel.parallel.purposes import Purpose, labelled
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
 from uoe_parallel.routing.router import Router
@@ -187,13 +188,21 @@ class TransformerBlock(nn.Module):
         return x_SBD + self.dropout(fed)
 
 
+class _ParallelEmbedding(VocabParallelEmbedding):
+    """Megatron's, whose collectives have a name."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        assert isinstance(self.tp_group, ProcessGroup)
+        return labelled(Purpose.EMBEDDING, self.tp_group, super().forward, input_)
+
+
 class Embedding(nn.Module):
     """Token ids [B, S] to hidden states [S or S/P, B, D], the vocabulary cut over the group."""
 
     def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
         super().__init__()
         self.sequence_parallel = builder.groups.layout.sequence_parallel
-        self.tokens = VocabParallelEmbedding(
+        self.tokens = _ParallelEmbedding(
             vocab_size,
             builder.config.model.hidden_size,
             init_method=builder.init.normal("embedding", builder.config.model.init_std),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel import comm
+from uoe_parallel.parallel.purposes import Purpose
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
         """x: [..., D] to the same shape."""
         weight = self.weight
         if self.sequence_parallel:
-            weight = comm.sum_gradient(weight, self.group)
+            weight = comm.sum_gradient(weight, self.group, Purpose.REPLICATED_WEIGHTS)
         norm, _ = choose_rms_norm(x.device.type)
         return norm(x, weight, self.eps)
 

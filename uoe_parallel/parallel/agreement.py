@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.purposes import Purpose, labelled
 
 
 def rank_in(group: ProcessGroup | None) -> int:
@@ -33,7 +34,10 @@ def gather_json(value: Any, group: ProcessGroup | None) -> list[Any]:
     """
     if group is None:
         return [value]
-    message = _encode(value)
+    return labelled(Purpose.AGREEMENT, group, _gather, _encode(value), group)
+
+
+def _gather(message: Tensor, group: ProcessGroup) -> list[Any]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(lengths, torch.tensor([message.numel()]), group=group)
     padded = torch.zeros(int(torch.cat(lengths).max()), dtype=torch.uint8)
@@ -51,12 +55,16 @@ def broadcast_json(value: Any, group: ProcessGroup | None) -> Any:
     if group is None:
         return value
     message = _encode(value if group.rank() == 0 else None)
+    return _decode(labelled(Purpose.AGREEMENT, group, _broadcast, message, group))
+
+
+def _broadcast(message: Tensor, group: ProcessGroup) -> Tensor:
     length = torch.tensor([message.numel()])
     dist.broadcast(length, group=group, group_src=0)
     if group.rank() != 0:
         message = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(message, group=group, group_src=0)
-    return _decode(message)
+    return message
 
 
 @contextmanager

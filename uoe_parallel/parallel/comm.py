@@ -1,7 +1,8 @@
 """Every collective of this project's own layers, differentiable ones first.
 
 Each is one call on an explicit group; the differentiable ones are megatron-core's mappings where
-those hold for every input.
+those hold for every input. `purpose` is what it is for, as whoever looks on is told: forward and
+in the backward pass.
 Dimension 0 is the sequence (or row) dimension throughout.
 """
 
@@ -16,15 +17,17 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from uoe_parallel.parallel.purposes import Purpose, labelled
 
-def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
+
+def sum_gradient(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """`x` unchanged; its gradient is summed over `group`.
 
     For what every rank holds whole while each uses it for another share of the work:
     activations that meet a shard of the experts, or a parameter (norm, router, output bias)
     that meets a shard of the tokens.
     """
-    return _SumGradient.apply(x, group)
+    return labelled(purpose, group, _SumGradient.apply, x, group)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -45,45 +48,60 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
-def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
+def sum_forward(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """The sum of `x` over `group`; its gradient passes unchanged.
 
     `x` is contiguous and overwritten: a result that nothing else reads, backward included.
     """
     assert x.is_contiguous(), "a strided x would come back unsummed"
-    return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
+    return labelled(
+        purpose, group, mappings.reduce_from_tensor_model_parallel_region, x, group=group
+    )
 
 
-def gather_last_dim(x: Tensor, group: ProcessGroup) -> Tensor:
+def gather_last_dim(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """[..., V/P] shards to [..., V] on every rank. Each rank's gradient must be that of the whole:
     its own part of it is taken."""
-    return mappings.gather_from_tensor_model_parallel_region(x, group=group)
+    return labelled(
+        purpose, group, mappings.gather_from_tensor_model_parallel_region, x, group=group
+    )
 
 
-def gather_sequence(shard: Tensor, group: ProcessGroup) -> Tensor:
+def gather_sequence(shard: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """The shards [S/P, ...] of all ranks as [S, ...] on each. Every rank may use another part of
     it: their gradients are summed and scattered."""
-    return mappings.gather_from_sequence_parallel_region(shard.contiguous(), group=group)
+    gather = mappings.gather_from_sequence_parallel_region
+    return labelled(purpose, group, gather, shard.contiguous(), group=group)
 
 
 def all_to_all(
-    rows: Tensor, receive_counts: list[int], send_counts: list[int], group: ProcessGroup
+    rows: Tensor,
+    receive_counts: list[int],
+    send_counts: list[int],
+    group: ProcessGroup,
+    purpose: Purpose,
 ) -> Tensor:
     """Send `send_counts[p]` rows to each rank p; returns the received rows in rank order.
 
     rows: [sum(send_counts), ...], sorted by destination. Differentiable: gradients travel the
     way back. Every rank must call it, also with no rows.
     """
-    return mappings.all_to_all(group, rows, receive_counts, send_counts)
+    exchange = mappings.all_to_all
+    return labelled(purpose, group, exchange, group, rows, receive_counts, send_counts)
 
 
 def start_all_to_all(
-    rows: Tensor, receive_counts: list[int], send_counts: list[int], group: ProcessGroup
+    rows: Tensor,
+    receive_counts: list[int],
+    send_counts: list[int],
+    group: ProcessGroup,
+    purpose: Purpose,
 ) -> Callable[[], Tensor]:
     """`all_to_all` that goes on while the caller does other work: what is returned waits for the
     rows and gives them. It must be called on every rank."""
     pending: list[Any] = []
-    received = _StartAllToAll.apply(rows, receive_counts, send_counts, group, pending)
+    counts = (receive_counts, send_counts)
+    received = labelled(purpose, group, _StartAllToAll.apply, rows, *counts, group, pending)
 
     def arrived() -> Tensor:
         for work in pending:
@@ -125,12 +143,15 @@ def all_to_all_with_ids(
     receive_counts: list[int],
     send_counts: list[int],
     group: ProcessGroup,
+    purpose: Purpose,
 ) -> tuple[Tensor, Tensor]:
     """`all_to_all` of fp32 or fp64 values with an integer each, below 2^31, in one message.
 
     Returns both as they arrive, the ids as int64. Differentiable in the values.
     """
-    received, ids = _AllToAllWithIds.apply(values_N, ids_N, receive_counts, send_counts, group)
+    exchange = _AllToAllWithIds.apply
+    counts = (receive_counts, send_counts)
+    received, ids = labelled(purpose, group, exchange, values_N, ids_N, *counts, group)
     return received, ids
 
 
@@ -169,61 +190,63 @@ def _exchange(
     return received, work
 
 
-def sum_shards(x: Tensor, group: ProcessGroup) -> Tensor:
+def sum_shards(x: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """The sum over `group` of [S, ...], of which each rank gets its shard [S/P, ...]. Gradients are
     gathered."""
-    return mappings.reduce_scatter_to_sequence_parallel_region(x, group=group)
+    return labelled(
+        purpose, group, mappings.reduce_scatter_to_sequence_parallel_region, x, group=group
+    )
 
 
-def exchange_counts(counts_P: Tensor, group: ProcessGroup) -> Tensor:
+def exchange_counts(counts_P: Tensor, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """Tell each rank p the row `counts_P[p]`; returns the rows that the others sent here.
 
     counts_P: [P, ...] int64, not differentiable.
     """
     counts_P = counts_P.contiguous()
     received = torch.empty_like(counts_P)
-    dist.all_to_all_single(received, counts_P, group=group)
+    labelled(purpose, group, dist.all_to_all_single, received, counts_P, group=group)
     return received
 
 
-def sum_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
+def sum_over(x: Tensor, *groups: ProcessGroup, purpose: Purpose) -> Tensor:
     """A new tensor: `x` summed over each group in turn. Not differentiable."""
     total = x.detach().clone()
     for group in groups:
         if group.size() > 1:
-            dist.all_reduce(total, op=ReduceOp.SUM, group=group)
+            labelled(purpose, group, dist.all_reduce, total, op=ReduceOp.SUM, group=group)
     return total
 
 
-def max_over(x: Tensor, *groups: ProcessGroup) -> Tensor:
+def max_over(x: Tensor, *groups: ProcessGroup, purpose: Purpose) -> Tensor:
     """A new tensor: the elementwise largest `x` of each group in turn. Not differentiable."""
     largest = x.detach().clone()
     for group in groups:
         if group.size() > 1:
-            dist.all_reduce(largest, op=ReduceOp.MAX, group=group)
+            labelled(purpose, group, dist.all_reduce, largest, op=ReduceOp.MAX, group=group)
     return largest
 
 
-def send(x: Tensor, rank: int, group: ProcessGroup) -> None:
+def send(x: Tensor, rank: int, group: ProcessGroup, purpose: Purpose) -> None:
     """Send `x`, contiguous, to a rank of `group`. Not differentiable."""
-    dist.send(x.detach().contiguous(), group=group, group_dst=rank)
+    labelled(purpose, group, dist.send, x.detach().contiguous(), group=group, group_dst=rank)
 
 
-def receive(x: Tensor, rank: int, group: ProcessGroup) -> None:
+def receive(x: Tensor, rank: int, group: ProcessGroup, purpose: Purpose) -> None:
     """Fill `x`, contiguous, with what a rank of `group` sends."""
-    dist.recv(x, group=group, group_src=rank)
+    labelled(purpose, group, dist.recv, x, group=group, group_src=rank)
 
 
-def broadcast(x: Tensor, rank: int, group: ProcessGroup) -> Tensor:
+def broadcast(x: Tensor, rank: int, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """The `x` of a rank of `group` on all of them, written into theirs. Not differentiable."""
     if group.size() > 1:
-        dist.broadcast(x, group=group, group_src=rank)
+        labelled(purpose, group, dist.broadcast, x, group=group, group_src=rank)
     return x
 
 
-def gather_shards(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather_shards(shard: Tensor, dim: int, group: ProcessGroup, purpose: Purpose) -> Tensor:
     """The full tensor whose equal shards along `dim` lie over `group`. Not differentiable."""
     shard = shard.detach().contiguous()
     shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard, group=group)
+    labelled(purpose, group, dist.all_gather, shards, shard, group=group)
     return torch.cat(shards, dim)

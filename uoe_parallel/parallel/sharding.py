@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def gather_full(param: Tensor, group: ProcessGroup, value: Tensor | None = None)
     """
     local = param.detach() if value is None else value.detach()
     dim = partition_dim(param)
-    return local.clone() if dim is None else comm.gather_shards(local, dim, group)
+    return local.clone() if dim is None else comm.gather_shards(local, dim, group, Purpose.REPORT)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
+from uoe_parallel.analysis.parts import Part
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.states import ModelStates, StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
@@ -78,11 +79,11 @@ class Stage:
         work = self.once(expected_work, config)
         return micro_batch_flops(model, config, work, pads=not self.on_cuda)
 
-    def kept(self, model: LanguageModel, config: RunConfig) -> int:
-        """Bytes that a micro-batch keeps for its backward pass."""
+    def activations(self, model: LanguageModel, config: RunConfig) -> Part:
+        """Of a micro-batch."""
         _set_recompute(model, config.training.recompute)
         work = self.once(expected_work, config)
-        return Activations(model, config, work, on_cuda=self.on_cuda).stage().kept.total
+        return Activations(model, config, work, on_cuda=self.on_cuda).stage()
 
     def rules(self, config: RunConfig) -> StateRules:
         """How DeepSpeed keeps its parameters, which its ZeRO stage decides."""
@@ -121,7 +122,8 @@ class Rank:
     @cached_property
     def memory(self) -> StepMemory:
         """With expected routes."""
-        return self._memory(self.work)
+        part = self.stage.once(self.stage.activations, self.config)
+        return self._memory(self.work, part)
 
     @property
     def needed(self) -> int:
@@ -143,9 +145,9 @@ class Rank:
         """With the routes that give this rank the most."""
         return self._memory(worst_work(self.model, self.config))
 
-    def _memory(self, work: Workload) -> StepMemory:
+    def _memory(self, work: Workload, stage: Part | None = None) -> StepMemory:
         _set_recompute(self.model, self.config.training.recompute)
-        return step_memory(self.model, self.config, work, on_cuda=self.on_cuda)
+        return step_memory(self.model, self.config, work, on_cuda=self.on_cuda, stage=stage)
 
     @property
     def computations(self) -> list[Computation]:
@@ -162,10 +164,10 @@ class Rank:
 
     @cached_property
     def time(self) -> StageTime:
-        rules = self.stage.rules(self.config)
+        rules, plain = self.stage.rules(self.config), with_recompute(self.config, "none")
         work = Work(
             computations=self.computations,
-            kept=self.stage.once(self.stage.kept, with_recompute(self.config, "none")),
+            kept=self.stage.once(self.stage.activations, plain).kept.total,
             weights=rules.element * self.stage.parameters,
             states=self.states,
             traffic=self.traffic,

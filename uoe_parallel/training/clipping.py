@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.sharding import counts_once, replica_group
 
 _EPS = 1e-6
@@ -82,7 +83,7 @@ class GradientClipper:
             if counts_once(param, self._groups)
         ]
         total = torch.stack(norms).square().sum()
-        self._norm = comm.sum_over(total, self._groups.world).sqrt()
+        self._norm = comm.sum_over(total, self._groups.world, purpose=Purpose.GRADIENT_NORM).sqrt()
         return self._norm
 
     def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:

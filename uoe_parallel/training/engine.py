@@ -23,6 +23,7 @@ from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit, WideExpertGroups
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose, during
 from uoe_parallel.parallel.sharding import is_wide
 from uoe_parallel.training.clipping import GradientClipper
 from uoe_parallel.training.evaluation import Evaluation
@@ -106,7 +107,8 @@ class TrainingEngine:
     def count_valid_labels(self, batches: list[MicroBatch]) -> int:
         """Labels that count in this step's loss, over all data ranks."""
         counts = [batch.loss_mask.sum() for batch in batches]
-        return int(comm.sum_over(torch.stack(counts).sum(), self.groups.data))
+        count = torch.stack(counts).sum()
+        return int(comm.sum_over(count, self.groups.data, purpose=Purpose.VALID_TOKENS))
 
     def step(
         self, batches: list[MicroBatch], step: int, timer: StepTimer
@@ -134,7 +136,7 @@ class TrainingEngine:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         loss = math.nan
         for number, batch in enumerate(batches):
-            with timer.part("forward"):
+            with timer.part("forward"), during("forward"):
                 losses = self.token_losses(batch)
                 loss_sum = (losses * batch.loss_mask).sum()
                 total += loss_sum.detach()
@@ -150,7 +152,8 @@ class TrainingEngine:
 
     def _mean_loss(self, total: Tensor, valid_labels: int) -> float:
         """From this rank's sum of losses, 0 on stages that compute none."""
-        return float(comm.sum_over(total, self.groups.data, self.groups.pipe)) / valid_labels
+        over = (self.groups.data, self.groups.pipe)
+        return float(comm.sum_over(total, *over, purpose=Purpose.STEP_LOSS)) / valid_labels
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Evaluation:
@@ -159,12 +162,14 @@ class TrainingEngine:
         totals = torch.zeros(3, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            judged = self.judged(batch)
+            with during("forward"):
+                judged = self.judged(batch)
             if judged is not None:
                 for place, values in enumerate((*judged, 1)):
                     totals[place] += (values * batch.loss_mask).sum()
         self.deepspeed.train()
-        loss, correct, count = comm.sum_over(totals, self.groups.data, self.groups.pipe)
+        over = (self.groups.data, self.groups.pipe)
+        loss, correct, count = comm.sum_over(totals, *over, purpose=Purpose.EVALUATION)
         # Not a number where nothing counts, such as a text too short for a masked token.
         return Evaluation(self.config.model.task, float(loss / count), float(correct / count))
 

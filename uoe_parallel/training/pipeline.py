@@ -18,6 +18,7 @@ from uoe_parallel.model.language_model import Embedding, LanguageModel
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.deepspeed_groups import topology
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose, during
 from uoe_parallel.training.engine import TrainingEngine
 from uoe_parallel.training.timers import StepTimer
 
@@ -38,7 +39,8 @@ class PipelineTrainingEngine(TrainingEngine):
     def _loss(self, logits: Tensor, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
         """A micro-batch's part of the step's loss, on the last stage."""
         labels, mask = labels_and_mask
-        loss_sum = (self.model.losses(logits, labels) * mask).sum()
+        with during("forward"):
+            loss_sum = (self.model.losses(logits, labels) * mask).sum()
         self._total += loss_sum.detach()
         return loss_sum * self._scale
 
@@ -66,7 +68,8 @@ class PipelineTrainingEngine(TrainingEngine):
         else:
             shape = (*tokens_BS.shape, self.model.used_vocab_size)
             whole_BSV = torch.empty(shape, dtype=self._dtype, device=self.device)
-        return comm.broadcast(whole_BSV, self.groups.pipe.size() - 1, self.groups.pipe)
+        pipe = self.groups.pipe
+        return comm.broadcast(whole_BSV, pipe.size() - 1, pipe, Purpose.EVALUATION)
 
     def _relay(
         self,
@@ -82,11 +85,11 @@ class PipelineTrainingEngine(TrainingEngine):
             batch, length = tokens_BS.shape
             shape = (length // self.model.num_shards, batch, self.config.model.hidden_size)
             x = torch.empty(shape, dtype=self._dtype, device=self.device)
-            comm.receive(x, stage - 1, groups.pipe)
+            comm.receive(x, stage - 1, groups.pipe, Purpose.STAGE_OUTPUTS)
         y = self.model.stage(x, documents_BS, memory)
         if groups.is_last_stage:
             return y
-        comm.send(y, stage + 1, groups.pipe)
+        comm.send(y, stage + 1, groups.pipe, Purpose.STAGE_OUTPUTS)
         return None
 
     @property
@@ -120,7 +123,8 @@ class LanguageModelPipeline(PipelineModule):
     def forward(self, forward_input: Tensor) -> Tensor:
         # As DeepSpeed would call one layer after the other, but with what tokens alone can tell:
         # every rank has read them, so it need not be sent from stage to stage.
-        return self._stage(forward_input, next(self.documents))
+        with during("forward"):
+            return self._stage(forward_input, next(self.documents))
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed can weigh layers by their parameters only, of which a routed layer uses a part.

@@ -31,6 +31,7 @@ from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.routing.tape import Player, Recorder, RouteTape, packed_size
 
 _FAULTS_TOLD = 5
@@ -120,7 +121,7 @@ class RunRoutes:
         if self._sharded:
             over.append(self._groups.tensor)
         counts = torch.stack((self._flipped, torch.full_like(self._flipped, self._tokens)))
-        flipped, tokens = comm.sum_over(counts, *over).tolist()
+        flipped, tokens = comm.sum_over(counts, *over, purpose=Purpose.REPORT).tolist()
         self._flipped, self._tokens = torch.zeros_like(self._flipped), 0
         return {"routes/flipped_tokens": float(flipped), "routes/tokens": float(tokens)}
 

@@ -15,6 +15,7 @@ from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.routing.statistics import GATE_EDGES, RoutingStatistics
 from uoe_parallel.training.metrics import PERCENTILES, Bars, Value, load_statistics
 
@@ -83,7 +84,8 @@ class RoutingReporter:
         if not self._experts:
             return {}
         parts = {name: self._pack(name) for name in self._experts}
-        totals_X = comm.sum_over(torch.cat(list(parts.values())), *self._over).cpu()
+        counted_X = torch.cat(list(parts.values()))
+        totals_X = comm.sum_over(counted_X, *self._over, purpose=Purpose.REPORT).cpu()
         report: dict[str, Value] = {}
         sizes = [part.numel() for part in parts.values()]
         for name, total_X in zip(parts, totals_X.split(sizes), strict=True):

@@ -10,6 +10,7 @@ from uoe_parallel.checkpoint import CheckpointReader, Piece
 from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.routing.running import Running
 
 
@@ -26,7 +27,8 @@ def move_rules(
     over = [groups.data, groups.tensor] if groups.layout.sequence_parallel else [groups.data]
     observed = torch.cat([rule.observed.to(device) for rule in rules])
     sizes = [rule.observed.numel() for rule in rules]
-    for rule, total in zip(rules, comm.sum_over(observed, *over).split(sizes), strict=True):
+    totals = comm.sum_over(observed, *over, purpose=Purpose.RULES).split(sizes)
+    for rule, total in zip(rules, totals, strict=True):
         rule.to(device)
         rule.move(total)
         rule.reset()

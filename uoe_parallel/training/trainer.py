@@ -33,6 +33,7 @@ from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
@@ -333,7 +334,7 @@ class Trainer:
     def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:
         smallest, largest = token_range(batches, self.config.model.task)
         ends = torch.tensor([-smallest, largest], device=self.device.torch_device)
-        below, largest = comm.max_over(ends, self.groups.data).tolist()
+        below, largest = comm.max_over(ends, self.groups.data, purpose=Purpose.TOKEN_RANGE).tolist()
         if largest >= self.tokenizer.size or below > 0:
             wrong = -below if below > 0 else largest
             raise UserError(
@@ -357,7 +358,7 @@ class Trainer:
     def _report(self, result: StepResult, routing: RoutingReporter) -> None:
         seconds = self.timer.take()
         memory = torch.tensor(float(self.device.peak_memory()), device=self.device.torch_device)
-        memory = float(comm.max_over(memory, self.groups.world))
+        memory = float(comm.max_over(memory, self.groups.world, purpose=Purpose.REPORT))
         values: dict[str, Value] = {
             "loss": result.loss,
             **loss_of_text(self.config.model.task, result.loss),
@@ -399,7 +400,7 @@ class Trainer:
             if is_owner(param, self.groups)
         )
         local = torch.tensor(sum(owned), device=self.device.torch_device)
-        return int(comm.sum_over(local, self.groups.world))
+        return int(comm.sum_over(local, self.groups.world, purpose=Purpose.SETUP))
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -16,6 +16,7 @@ from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.sharding import partition_dim, replica_group
 from uoe_parallel.verification.request import FaultKind, FaultRequest, PlantedFault
 
@@ -111,11 +112,11 @@ def _skip_sum(name: str, model: LanguageModel, groups: ParallelGroups) -> None:
     parameters = dict(model.named_parameters())
     real = comm.sum_gradient
 
-    def sum_gradient(x: Tensor, group: comm.ProcessGroup) -> Tensor:
+    def sum_gradient(x: Tensor, group: comm.ProcessGroup, purpose: Purpose) -> Tensor:
         # A parameter, or what a change of its dtype made of it.
         cast_from = x.grad_fn.next_functions[0][0] if x.grad_fn is not None else None
         source = getattr(cast_from, "variable", x)
-        return x if source is parameters.get(name) else real(x, group)
+        return x if source is parameters.get(name) else real(x, group, purpose)
 
     comm.sum_gradient = sum_gradient
 
@@ -123,11 +124,11 @@ def _skip_sum(name: str, model: LanguageModel, groups: ParallelGroups) -> None:
 def _skip_entry(name: str, model: LanguageModel, groups: ParallelGroups) -> None:
     real, entering = comm.sum_gradient, [False]
 
-    def sum_gradient(x: Tensor, group: comm.ProcessGroup) -> Tensor:
+    def sum_gradient(x: Tensor, group: comm.ProcessGroup, purpose: Purpose) -> Tensor:
         if entering[0]:
             entering[0] = False  # the gates, which come second, are summed
             return x
-        return real(x, group)
+        return real(x, group, purpose)
 
     def enter(*_: object) -> None:
         entering[0] = True

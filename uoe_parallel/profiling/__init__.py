@@ -1,0 +1,1 @@
+"""Where the time of a run's communication goes, measured while it trains."""
