@@ -97,6 +97,7 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
             if options.dry_run:
                 _dry_run(trainer, console)
                 return
+            _profile(trainer, console)
             trainer.train()
             _conclude(config, options, trainer.finish(), console)
 
@@ -113,6 +114,16 @@ def _watched(trainer: Trainer) -> Iterator[None]:
     with Watch(trainer.groups, limit) as watch:
         trainer.observers = (*trainer.observers, watch)
         yield
+
+
+def _profile(trainer: Trainer, console: TrainingConsole) -> None:
+    """Look on at the steps that the config names, if it does."""
+    if trainer.config.profile.steps == 0:
+        return
+    from uoe_parallel.profiling.capture import RunProfiler
+
+    profiler = RunProfiler(trainer.config, trainer.groups, trainer.device, console.say)
+    trainer.observers = (*trainer.observers, profiler)
 
 
 def _without_record(config: RunConfig) -> RunConfig:

@@ -130,12 +130,9 @@ class Activations:
     def _with_norm(self, block: Part, norm: Sequence[nn.Parameter]) -> Part:
         """A block between its norm and its residual sum."""
         tokens, width = self.own_tokens, self.width
-        factors = tokens * self.precise
-        if not self.on_cuda:  # torch's has the product without the weight, and its input precise
-            factors += tokens * width * self.precise * (1 if self.precise == self.element else 2)
         dropped = tokens * width * (1 if self.on_cuda else self.element)
         dropped = dropped if self.config.model.dropout > 0 else 0
-        normed = Bytes(activations=factors)
+        normed = self._norm_kept()
         working = Bytes(working=self.shard) + self._norm_backward()
         before = Part(normed, normed + working, [Point(normed + working, norm)], norm)
         result = Bytes(activations=self.shard + dropped)
@@ -144,6 +141,12 @@ class Activations:
         carried = Bytes(working=self.shard)
         points = [replace(p, held=p.held + carried) for p in block.points]
         return joined([before, replace(block, points=points), after])
+
+    def _norm_kept(self) -> Bytes:
+        """Beside a norm's input and result: a factor for each token, and on a CPU the product
+        without the weight and, if that is more precise than the input, the input like it."""
+        copies = 0 if self.on_cuda else 1 if self.precise == self.element else 2
+        return Bytes(activations=self.own_tokens * self.precise * (1 + copies * self.width))
 
     def _norm_backward(self) -> Bytes:
         """What a norm's gradient takes: torch's on a CPU is that of one operation after the other,
@@ -337,9 +340,7 @@ class Activations:
     def _head(self) -> Part:
         head, norm = self.model.head, self.model.final_norm
         assert head is not None and norm is not None
-        own = Bytes(activations=self.own_tokens * (self.row + self.precise))
-        if not self.on_cuda:
-            own += Bytes(activations=self.own_tokens * self.width * self.precise)
+        own = Bytes(activations=self.shard) + self._norm_kept()
         of_norm = Point(own + self._norm_backward(), list(norm.parameters()), [*head.parameters()])
         if not isinstance(head, VocabularyHead):
             return Part(own, own, [of_norm], [*norm.parameters(), *head.parameters()])

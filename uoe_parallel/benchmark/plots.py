@@ -13,21 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from uoe_parallel.errors import UserError
+from uoe_parallel.profiling.style import STYLE
 
 Entry = dict[str, Any]
 
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "figure.titlesize": 13,
-    "figure.dpi": 120,
-    "savefig.dpi": 120,
-    "legend.frameon": False,
-}
 PAPER_LENGTHS = (1024, 2048, 4096)
 PAPER_MILLISECONDS = {
     "UoE": (76, 118, 248),

@@ -34,20 +34,26 @@ def gather_json(value: Any, group: ProcessGroup | None) -> list[Any]:
     """
     if group is None:
         return [value]
-    return labelled(Purpose.AGREEMENT, group, _gather, _encode(value), group)
+    return [_decode(message) for message in gather_bytes(_encode(value), group)]
 
 
-def _gather(message: Tensor, group: ProcessGroup) -> list[Any]:
+def gather_bytes(message: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """Every rank's `message`, uint8 of any length, in rank order on rank 0; an empty list on the
+    others. Collective."""
+    return labelled(Purpose.AGREEMENT, group, _gather, message, group)
+
+
+def _gather(message: Tensor, group: ProcessGroup) -> list[Tensor]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(lengths, torch.tensor([message.numel()]), group=group)
-    padded = torch.zeros(int(torch.cat(lengths).max()), dtype=torch.uint8)
+    padded = torch.zeros(max(int(torch.cat(lengths).max()), 1), dtype=torch.uint8)
     padded[: message.numel()] = message
     if group.rank() != 0:
         dist.gather(padded, group=group, group_dst=0)
         return []
     rows = [torch.empty_like(padded) for _ in lengths]
     dist.gather(padded, rows, group=group, group_dst=0)
-    return [_decode(row[: int(length)]) for row, length in zip(rows, lengths, strict=True)]
+    return [row[: int(length)] for row, length in zip(rows, lengths, strict=True)]
 
 
 def broadcast_json(value: Any, group: ProcessGroup | None) -> Any:
