@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
@@ -67,7 +68,7 @@ class StepBuffers(StateRules):
             return Held(self._before() + self.element * (here + new), 4 * new)
         of_new = self.element * (new + self._waiting(made))
         is_full = here + new > self.zero.reduce_bucket_size
-        buffers = self.bucket + (self._sent() if is_full and making else 0)
+        buffers = self.bucket + (self._sent if is_full and making else 0)
         if self.stage == 3:
             return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
         if self.stage == 2:
@@ -89,10 +90,10 @@ class StepBuffers(StateRules):
                 max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
                 for group in self.parameter_groups
             )
-            yield Held(self.states.gradients, self.bucket + self._sent())
+            yield Held(self.states.gradients, self.bucket + self._sent)
             yield Held(self.states.gradients, self.bucket + 4 * part)
         elif self.stage == 2:
-            yield Held(self._reduced(), self.bucket + self._sent())
+            yield Held(self._reduced(), self.bucket + self._sent)
             yield from self._partitioned()
         else:
             yield self._all_reduced()
@@ -104,6 +105,7 @@ class StepBuffers(StateRules):
             return self.states.gradients - self.element * self.size
         return self.states.gradients if self.is_accumulated else 0
 
+    @cached_property
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
         return _size(self.own)
@@ -128,7 +130,7 @@ class StepBuffers(StateRules):
     def _partitioned(self) -> Iterator[Held]:
         """ZeRO 1 and 2: own gradients are flattened group by group."""
         part = max(map(self.part_size, self.parameter_groups))
-        own = self.states.gradients if self.is_bf16 else self.element * self._own()
+        own = self.states.gradients if self.is_bf16 else self.element * self._own
         yield Held(own, 0 if self.is_bf16 else 4 * part)
         yield Held(own, _NORM * self.largest)
 
@@ -136,17 +138,18 @@ class StepBuffers(StateRules):
         """ZeRO 1 after the last backward pass: gradients move to the bucket, own ones to a copy."""
         in_bucket = min(self.size, int(self.zero.reduce_bucket_size))
         rest = self.size - in_bucket
-        own = self._own() if rest else 0
+        own = self._own if rest else 0
         gradients = self.element * (rest + own)
-        return Held(gradients, self.bucket + max(self._sent(), self.element * in_bucket))
+        return Held(gradients, self.bucket + max(self._sent, self.element * in_bucket))
 
     def _reduced(self) -> int:
         """Bytes of gradients under ZeRO 2 once a pass has some of this rank's own: those of bf16
         are added to where they stay, others come beside the sums of the passes before."""
         if self.is_bf16:
             return self.states.gradients
-        return self._before() + self.element * self._own()
+        return self._before() + self.element * self._own
 
+    @cached_property
     def _sent(self) -> int:
         """Bytes of the copy of a bucket that is reduced, in the type of its own that it may have:
         parts for one rank after the other, where there are several ranks."""
@@ -174,4 +177,4 @@ def _most_copied(sizes: Iterable[int]) -> int:
 
 
 def _size(params: Iterable[nn.Parameter]) -> int:
-    return sum(param.numel() for param in params)
+    return sum(map(nn.Parameter.numel, params))

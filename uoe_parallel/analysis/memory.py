@@ -9,8 +9,9 @@ from typing import Literal
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import nn
 
-from uoe_parallel.analysis.activations import Activations, Bytes
+from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.buffers import Held, StepBuffers
+from uoe_parallel.analysis.parts import Bytes, Part
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.work import Workload
 from uoe_parallel.config.schema import RunConfig
@@ -61,17 +62,19 @@ def step_memory(
     micro_batches_in_flight: int | None = None,
     *,
     on_cuda: bool = True,
+    stage: Part | None = None,
 ) -> StepMemory:
     """Of training `model`, a rank's stage as it is before DeepSpeed gets it, on meta too.
 
     work: of each of its routed blocks in one micro-batch. micro_batches_in_flight: whose
     activations are held at a time; None for those of DeepSpeed's schedule (1F1B). on_cuda: whether
-    it runs on a GPU, whose kernels keep less than a CPU's.
+    it runs on a GPU, whose kernels keep less than a CPU's. stage: what `Activations`
+    has for the same, if that is known.
     """
     number = micro_batches(config, model.groups.layout)
     if micro_batches_in_flight is None:
         micro_batches_in_flight = min(model.groups.pipe.size() - model.groups.stage, number)
-    stage = Activations(model, config, work, on_cuda=on_cuda).stage()
+    stage = stage or Activations(model, config, work, on_cuda=on_cuda).stage()
     others = stage.kept.times(micro_batches_in_flight - 1)
     rules = StepBuffers(model, config, number)
     always = _messages(model, config, rules.element, micro_batches_in_flight)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.exchange import ExchangeSizes, sample_exchange
 from uoe_parallel.analysis.states import ModelStates, StateRules
@@ -33,7 +33,7 @@ from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.device import use_device
-from uoe_parallel.parallel.groups import ParallelGroups, start_groups
+from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
 from uoe_parallel.parallel.sharding import Shard, is_wide, named_shards, partition_dim
 
@@ -75,16 +75,44 @@ class Simulation:
 def simulated_groups(layout: ParallelLayout, rank: int) -> Iterator[ParallelGroups]:
     """The groups of rank `rank` of `layout`, for the life of the block.
 
-    For a process that is in no process group, and gets none that could send anything.
+    For a process that is in no process group, and gets none that could send anything. They are
+    those that `start_groups` has Megatron start, and only the rank's own.
     """
     assert not dist.is_initialized(), "a simulated world needs a process without a process group"
     use_device(0)
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size)
     try:
-        yield start_groups(layout)
+        yield _own_groups(layout, rank)
     finally:
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _own_groups(layout: ParallelLayout, rank: int) -> ParallelGroups:
+    place, in_stage = layout.coordinates(rank), layout.world_size // layout.pipeline
+    stage = range(place.pipe * in_stage, (place.pipe + 1) * in_stage)
+
+    def start(ranks: range) -> ProcessGroup:
+        group = dist.new_group(list(ranks), backend="fake", use_local_synchronization=True)
+        assert isinstance(group, ProcessGroup)
+        return group
+
+    def neighbours(size: int) -> range:
+        return range(rank - rank % size, rank - rank % size + size)
+
+    world = dist.group.WORLD
+    assert world is not None
+    tensor, data = start(neighbours(layout.tensor)), start(stage[place.tensor :: layout.tensor])
+    wide = layout.has_wide_experts
+    return ParallelGroups(
+        layout=layout,
+        rank=rank,
+        world=world,
+        tensor=tensor,
+        data=data,
+        pipe=start(range(rank % in_stage, layout.world_size, in_stage)),
+        expert=start(neighbours(layout.expert)) if wide else tensor,
+        expert_data=start(stage[place.expert :: layout.expert]) if wide else data,
+    )
 
 
 def build_stage(

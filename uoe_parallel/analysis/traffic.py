@@ -10,15 +10,16 @@ calls and bytes are those that `observe.CollectiveObserver` sees in a real run, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.reduction import gradient_traffic
-from uoe_parallel.analysis.transfer import Transfer, group_ranks, merged, times
+from uoe_parallel.analysis.transfer import Transfer, group_sizes, merged, times
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
@@ -49,8 +50,8 @@ def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) 
         _moved_rules(model),
         gradient_traffic(model, config, number),
     )
-    ranks = group_ranks(model.groups)
-    return merged(t for t in transfers if len(ranks[t.group]) > 1)
+    sizes = group_sizes(model.groups)
+    return merged(t for t in transfers if sizes[t.group] > 1)
 
 
 def micro_batches(config: RunConfig, layout: ParallelLayout) -> int:
@@ -124,13 +125,21 @@ class _Passes:
         yield from self._documents()
         if model.groups.is_first_stage:
             yield from self._embedding()
-        for layer in model.layers.values():
-            assert isinstance(layer, TransformerBlock)
-            for block in (layer.attention, layer.feed_forward):
-                yield from self._repeated(chain(self._norm(), self._block(block)))
+        for alike in self._kinds_of_blocks():
+            block = self._repeated(chain(self._norm(), self._block(alike[0])))
+            yield from times(block, len(alike))
         if model.groups.is_last_stage:
             yield from self._norm()
             yield from self._head()
+
+    def _kinds_of_blocks(self) -> Iterable[list[DenseBlock]]:
+        """Blocks that send alike: those of a kind, routed or not."""
+        kinds: dict[tuple[str, type], list[DenseBlock]] = defaultdict(list)
+        for layer in self.model.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            for name, block in (("attention", layer.attention), ("ffn", layer.feed_forward)):
+                kinds[name, type(block)].append(block)
+        return kinds.values()
 
     def _documents(self) -> Iterator[Transfer]:
         """What the sequences that meet in a wide expert group tell each other."""
@@ -141,11 +150,14 @@ class _Passes:
 
     def exchanged(self, exchanges: Exchanges, number: int) -> Iterator[Transfer]:
         """What travels to experts and back, in all `number` micro-batches."""
-        for name, block in blocks_that_exchange(self.model).items():
-            assert len(exchanges[name]) == number, name
-            group, rank = _name_of_experts(block), block.expert_group.rank()
-            for sizes in exchanges[name]:
-                yield from self._repeated(self._exchange(sizes, group, rank))
+        blocks = blocks_that_exchange(self.model)
+        assert all(len(exchanges[name]) == number for name in blocks)
+        every = ((sizes, block) for name, block in blocks.items() for sizes in exchanges[name])
+        for (sizes, group, rank), alike in groupby(
+            (sizes, _name_of_experts(block), block.expert_group.rank()) for sizes, block in every
+        ):
+            transfers = self._repeated(self._exchange(sizes, group, rank))
+            yield from times(transfers, len(list(alike)))
 
     def _repeated(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
         """Of a layer, whose forward pass comes twice if it is recomputed."""

@@ -68,9 +68,9 @@ def group_ranks(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
     axes = ["world", "tensor", "data", "pipe"]
     axes += ["expert", "expert_data"] if layout.has_wide_experts else []
     ranks = {axis: tuple(dist.get_process_group_ranks(getattr(groups, axis))) for axis in axes}
-    data = layout.coordinates(groups.rank).data
-    ranks["model"] = tuple(r for r in ranks["world"] if layout.coordinates(r).data == data)
     stage, pipe = groups.stage, ranks["pipe"]
+    # The tensor groups that stand where its own does in each stage.
+    ranks["model"] = tuple(r + p - pipe[stage] for p in pipe for r in ranks["tensor"])
     if not groups.is_last_stage:
         ranks["next_stage"] = pipe[stage : stage + 2]
     if not groups.is_first_stage:
@@ -78,3 +78,13 @@ def group_ranks(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
     if len(pipe) > 1 and (groups.is_first_stage or groups.is_last_stage):
         ranks["tied_stages"] = (pipe[0], pipe[-1])
     return ranks
+
+
+def group_sizes(groups: ParallelGroups) -> dict[str, int]:
+    """Of the same groups, how many ranks each has."""
+    layout = groups.layout
+    axes = ["world", "tensor", "data", "pipe"]
+    axes += ["expert", "expert_data"] if layout.has_wide_experts else []
+    sizes = {axis: getattr(groups, axis).size() for axis in axes}
+    sizes["model"] = layout.tensor * layout.pipeline
+    return sizes | dict.fromkeys(("next_stage", "previous_stage", "tied_stages"), 2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb
+from typing import TypeVar
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
+from uoe_parallel.analysis.traffic import Exchanges, blocks_that_exchange, micro_batches
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.model.block import RoutedBlock, Union
 from uoe_parallel.model.language_model import LanguageModel
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,16 @@ def expected_work(model: LanguageModel, config: RunConfig) -> Workload:
 
     Sequences count as one document each, nothing is dropped, and segments of which nothing is known
     choose like the others."""
-    return {name: _expected(block, model, config) for name, block in model.routed_blocks().items()}
+    return _of_all(model.routed_blocks(), lambda block: _expected(block, model, config))
+
+
+def expected_exchanges(model: LanguageModel, config: RunConfig) -> Exchanges:
+    """As `expected_work`: what the blocks whose rows travel send in all micro-batches of a step.
+
+    Numbers are rounded for each rank of a group."""
+    number = micro_batches(config, model.groups.layout)
+    blocks = blocks_that_exchange(model)
+    return _of_all(blocks, lambda block: [_expected_exchange(block, model, config)] * number)
 
 
 def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
@@ -62,7 +75,17 @@ def worst_work(model: LanguageModel, config: RunConfig) -> Workload:
     Selections other than top_k bound no single token's choice: thresholds let all experts in while
     they warm up. Capacities, which would drop some pairs, are not counted on.
     """
-    return {name: _worst(block, model, config) for name, block in model.routed_blocks().items()}
+    return _of_all(model.routed_blocks(), lambda block: _worst(block, model, config))
+
+
+def _of_all(blocks: Mapping[str, RoutedBlock], find: Callable[[RoutedBlock], _T]) -> dict[str, _T]:
+    """Once for each kind of block, since layers only differ in which kinds they have."""
+    found: dict[str, _T] = {}
+    for name, block in blocks.items():
+        kind = name.rpartition(".")[2]
+        if kind not in found:
+            found[kind] = find(block)
+    return {name: found[name.rpartition(".")[2]] for name in blocks}
 
 
 @dataclass(frozen=True)
@@ -105,22 +128,39 @@ def _sizes(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> _Size
     )
 
 
+def _visits(block: RoutedBlock, sizes: _Sizes) -> list[float]:
+    """The chance of a token to have an expert on each rank of the group."""
+    routed, chosen = block.router.num_routed, block.routing.chosen_experts
+
+    def visits(shared: int) -> float:
+        return 1.0 if shared else 1 - comb(routed - sizes.local, chosen) / comb(routed, chosen)
+
+    return [visits(sum(shared)) for shared in sizes.shared]
+
+
+def _expected_exchange(
+    block: RoutedBlock, model: LanguageModel, config: RunConfig
+) -> ExchangeSizes:
+    sizes, rank = _sizes(block, model, config), block.expert_group.rank()
+    tokens, share = sizes.own_tokens, block.routing.chosen_experts / block.router.num_routed
+    rows = [round(tokens * chance) for chance in _visits(block, sizes)]
+    pairs = [
+        round(tokens * sum(1.0 if is_shared else share for is_shared in experts))
+        for experts in sizes.shared
+    ]
+    return ExchangeSizes(rows, [rows[rank]] * len(rows), pairs, [pairs[rank]] * len(pairs))
+
+
 def _expected(block: RoutedBlock, model: LanguageModel, config: RunConfig) -> BlockWork:
     sizes, rank = _sizes(block, model, config), block.expert_group.rank()
     routed, chosen = block.router.num_routed, block.routing.chosen_experts
-
-    def visits(other: int) -> float:
-        """The chance of a token to have an expert on a rank."""
-        shared = sizes.shared_of(other)
-        elsewhere = routed - (sizes.local - shared)
-        return 1.0 if shared else 1 - comb(elsewhere, chosen) / comb(routed, chosen)
-
+    visits = _visits(block, sizes)
     tokens = sizes.sequences * sizes.length
     part = round(sizes.length * chosen / routed)
     return BlockWork(
-        sent_rows=round(sizes.own_tokens * sum(map(visits, range(len(sizes.shared))))),
+        sent_rows=round(sizes.own_tokens * sum(visits)),
         sent_pairs=sizes.own_tokens * (chosen + len(block.router.shared)),
-        rows=round(tokens * visits(rank)) if sizes.own_tokens else tokens,
+        rows=round(tokens * visits[rank]) if sizes.own_tokens else tokens,
         run_lengths=tuple(
             sizes.length if is_shared else part
             for is_shared in sizes.shared[rank]

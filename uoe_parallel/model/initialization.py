@@ -26,6 +26,8 @@ class Initializer:
         seed = int.from_bytes(digest, "little") >> 1
 
         def fill(weight: Tensor) -> Tensor:
+            if weight.is_meta:  # nothing to draw, and most of the time that building takes
+                return weight
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 return weight.normal_(0.0, std, generator=generator)

@@ -368,9 +368,12 @@ class LanguageModel(nn.Module):
 
     def routed_blocks(self) -> dict[str, RoutedBlock]:
         """The routed blocks of this stage by name, in order of depth."""
-        return {
-            name: module for name, module in self.named_modules() if isinstance(module, RoutedBlock)
+        blocks = {
+            f"layers.{number}.{kind}": getattr(layer, kind)
+            for number, layer in self.layers.items()
+            for kind in ("attention", "feed_forward")
         }
+        return {name: block for name, block in blocks.items() if isinstance(block, RoutedBlock)}
 
     @contextmanager
     def replicated_tokens(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from math import inf
 
@@ -17,6 +17,11 @@ def stage_layers(config: RunConfig, num_stages: int, vocab_size: int) -> list[ra
     """
     costs = [layer_cost(config, layer) for layer in range(config.model.num_layers)]
     costs[-1] += config.model.hidden_size * vocab_size
+    return list(_cut(tuple(costs), num_stages))
+
+
+@lru_cache  # a planner asks for the same cut again and again
+def _cut(costs: tuple[int, ...], num_stages: int) -> tuple[range, ...]:
     num_layers = len(costs)
     assert 1 <= num_stages <= num_layers
     before = list(accumulate(costs, initial=0))
@@ -52,7 +57,7 @@ def stage_layers(config: RunConfig, num_stages: int, vocab_size: int) -> list[ra
         return min(options)
 
     _, ends = evenest(0, num_stages)
-    return [range(first, end) for first, end in zip((0, *ends), ends, strict=False)]
+    return tuple(range(first, end) for first, end in zip((0, *ends), ends, strict=False))
 
 
 def layer_cost(config: RunConfig, layer: int) -> int:
