@@ -17,14 +17,18 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.config import yaml_text
+from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.errors import UserError
+from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import (
     distributed,
     local_size_from_environment,
     rank_from_environment,
+    start_groups,
     world_size_from_environment,
 )
+from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import MEASURED, MEASURED_FILE, Hardware, Link
 from uoe_parallel.verification.ranks import THREADS, Failure, LocalRanks
 
@@ -33,6 +37,8 @@ PRODUCTS = (256, 512, 1024)
 """Widths of the square matrices that are multiplied."""
 COPIED = 1 << 26
 """Bytes of what is copied, more than caches hold."""
+LAYERS = (1, 5)
+"""Of the models whose difference is what a layer costs."""
 SMALL, LARGE = 1 << 10, 1 << 23
 """Bytes that a rank sends, for the latency and for the bandwidth of a link."""
 ROUNDS = 7
@@ -97,6 +103,7 @@ def measure(threads: int) -> dict[str, Any]:
             "devices_per_node": local,
             "flops": {name: peak for name, (peak, _) in rates.items()},
             "achievable": min(1.0, typical / best),
+            "layer_overhead": _layer_overhead(device),
             "memory": _memory(device, local),
             "memory_bandwidth": _memory_bandwidth(device),
             "reserved_memory": 0,
@@ -129,6 +136,43 @@ def _product_rates(device: Device, dtype: torch.dtype) -> tuple[float, float]:
         a, b = (torch.rand(width, width, device=device.torch_device).to(dtype) for _ in range(2))
         rates.append(2 * width**3 / _seconds(device, lambda a=a, b=b: a @ b))
     return max(rates), sum(rates) / len(rates)
+
+
+def _layer_overhead(device: Device) -> float:
+    """From models of so few tokens that little else is done, of which one is deeper."""
+    # Imported here because the libraries below pick their accelerator when they are imported.
+    from uoe_parallel.model.language_model import LanguageModel
+
+    def config(layers: int) -> RunConfig:
+        model = {"num_layers": layers, "hidden_size": 32, "ffn_size": 64, "num_heads": 8}
+        return RunConfig.model_validate(
+            {
+                "run_dir": "",
+                "model": model | {"sequence_length": 32},
+                "feed_forward": {"top_k": 2},
+                "attention": {"routed_layers": "all", "top_k": 2},
+                "data": {"train": ""},
+                "training": {
+                    "steps": 1,
+                    "global_batch_size": 1,
+                    "micro_batch_size": 1,
+                    "learning_rate": 1.0,
+                },
+            }
+        )
+
+    groups = start_groups(ParallelLayout.from_config(ParallelConfig(), dist.get_world_size()))
+    backend, _ = pick_backend(device.torch_device, torch.float32, "auto", groups.world)
+    tokens_BS = torch.zeros(1, 32, dtype=torch.int64, device=device.torch_device)
+
+    def seconds(layers: int) -> float:
+        model = LanguageModel(
+            config(layers), groups, vocab_size=8, used_vocab_size=8, backend=backend
+        ).to(device.torch_device)
+        return _seconds(device, lambda: model(tokens_BS, tokens_BS).sum().backward())
+
+    few, many = LAYERS
+    return max(0.0, seconds(many) - seconds(few)) / (many - few)
 
 
 def _memory_bandwidth(device: Device) -> float:
