@@ -54,7 +54,6 @@ class Kind:
     """As `Event.axis`, but `STAGES` for sends, which only neighbouring stages need."""
     purpose: str
     phase: Phase
-    is_async: bool
 
     @classmethod
     def of(cls, event: Event, axis: str) -> Kind:
@@ -66,7 +65,6 @@ class Kind:
             axis=common_axis(axis, operation),
             purpose=str(event.purpose),
             phase=event.phase,
-            is_async=event.is_async,
         )
 
 
