@@ -36,6 +36,8 @@ def test_routes_know_nodes() -> None:
     assert (ONE_EACH.size, ONE_EACH.share, ONE_EACH.bandwidth, ONE_EACH.hop) == (8, 1, 1e9, 1e-5)
     # A ring enters and leaves a node over the links of both of its devices.
     assert (TWO_EACH.size, TWO_EACH.share, TWO_EACH.bandwidth) == (6, 2, 2e9)
+    # The node with one device is the narrowest.
+    assert Route.of([0, 1, 4], MACHINE).bandwidth == 1e9
     # No link of many lets a ring go faster than it goes between the devices of a node.
     assert Route.of(range(64), machine(devices_per_node=32)).bandwidth == 1e10
 
