@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import mappings
 
 from tests.analysis.cases import Seen
 from tests.harness import Ranks
-from uoe_parallel.analysis.observe import CollectiveObserver, Observed
+from uoe_parallel.analysis.observe import CollectiveObserver, Interception, Observed
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.purposes import Purpose
 
@@ -56,6 +56,9 @@ ACTS: dict[str, Callable[[], object]] = {
     "all_reduce": lambda: dist.all_reduce(ONES.clone()),
     "all_reduce in backward": _reduce_in_backward,
     "all_reduce by deepspeed": _by_deepspeed,
+    "all_reduce of several": lambda: dist.all_reduce_coalesced(
+        [ONES[:4].clone(), ONES[4:].clone()]
+    ),
     "all_gather": lambda: dist.all_gather([torch.empty(6) for _ in range(2)], ONES),
     "all_gather by megatron": lambda: mappings.gather_from_sequence_parallel_region(
         ONES, group=_group()
@@ -102,8 +105,10 @@ def test_group_of_one_is_left_out(ranks: Ranks) -> None:
 
 
 def _unknown_operator() -> None:
-    with CollectiveObserver(), pytest.raises(KeyError, match="allreduce_coalesced"):
-        dist.all_reduce_coalesced([ONES.clone()])
+    with CollectiveObserver(), pytest.raises(KeyError, match="monitored_barrier"):
+        dist.monitored_barrier()
+    with Interception():  # who only looks on ends no run
+        dist.monitored_barrier()
 
 
 def test_operator_that_it_does_not_know_is_no_silence(ranks: Ranks) -> None:

@@ -19,12 +19,18 @@ from uoe_parallel.parallel.purposes import Phase, Purpose
 
 OPERATIONS = {
     "allreduce": ("all_reduce", 0),
+    "allreduce_coalesced": ("all_reduce", 0),
     "_allgather_base": ("all_gather", 1),
     "all_gather_single": ("all_gather", 1),
     "allgather": ("all_gather", 1),
+    "allgather_coalesced": ("all_gather", 1),
+    "allgather_into_tensor_coalesced": ("all_gather", 1),
+    "all_gather_single_coalesced": ("all_gather", 1),
     "_reduce_scatter_base": ("reduce_scatter", 1),
     "reduce_scatter_single": ("reduce_scatter", 1),
     "reduce_scatter": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", 1),
     "alltoall_base": ("all_to_all", 1),
     "all_to_all_single": ("all_to_all", 1),
     "broadcast": ("broadcast", 0),
@@ -99,6 +105,10 @@ class Interception:
     are left out.
     """
 
+    refuses_unknown = False
+    """Whether a collective that is not in `OPERATIONS` raises KeyError. It is left alone if not: no
+    run is to end by being looked at."""
+
     def __init__(self, groups: ParallelGroups | None = None) -> None:
         """Without `groups` the libraries' calls have no purpose: `Purpose.OTHER`."""
         self.naming = Naming(groups)
@@ -123,7 +133,7 @@ class Interception:
         for name in list(vars(ProcessGroup)):
             if name in OPERATIONS:
                 self._replace(ProcessGroup, name, self._collective(name))
-            elif name.removeprefix("_").startswith(_MOVERS):
+            elif self.refuses_unknown and name.removeprefix("_").startswith(_MOVERS):
                 self._replace(ProcessGroup, name, _refused(name))
         self._replace(dist.Work, "wait", self._wait())
         return self
@@ -191,7 +201,8 @@ class Interception:
             way = f"{own} to {other}" if operation == "send" else f"{other} to {own}"
         else:
             options = kwargs["opts"] if "opts" in kwargs else args[-1]
-            is_async = options.asyncOp
+            # Some coalesced calls have no options.
+            is_async = getattr(options, "asyncOp", False)
             if operation == "all_to_all":
                 kept = _kept(args[1], args[3], group)
             elif operation == "broadcast" and options.rootRank != group.rank():
@@ -203,6 +214,8 @@ class Interception:
 
 class CollectiveObserver(Interception):
     """Counts what this rank puts into its collectives while the context is open."""
+
+    refuses_unknown = True
 
     def __init__(self, groups: ParallelGroups | None = None) -> None:
         super().__init__(groups)
