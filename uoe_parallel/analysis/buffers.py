@@ -5,14 +5,15 @@ By its own rules of each ZeRO stage, followed as in `reduction`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 
+import numpy as np
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
-from torch import nn
 
+from uoe_parallel.analysis.parts import Numbers, Points, elements
 from uoe_parallel.analysis.reduction import closed_at
 from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.zero3 import most_gathered
@@ -32,15 +33,14 @@ class Held:
 
 
 class StepBuffers(StateRules):
-    """Of a step of so many micro-batches."""
+    """Of a step."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, micro_batches: int) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, *, is_accumulated: bool) -> None:
+        """is_accumulated: whether a backward pass finds gradients of another one."""
         super().__init__(model, config)
         self.states = self.model_states()
-        self.is_accumulated = micro_batches > 1
-        """Whether a backward pass finds gradients of another one."""
-        self.params = list(model.parameters())
-        self.size = _size(self.params)
+        self.is_accumulated = is_accumulated
+        self.size = elements(self.params)
         self.largest = max(param.numel() for param in self.params)
         self.own = {param for group in self.parameter_groups for param in self.touched(group)}
         """Parameters of which ZeRO 1 and 2 have something step here."""
@@ -61,21 +61,23 @@ class StepBuffers(StateRules):
             return Held(self.states.gradients, self.bucket + self.gathered_forward)
         return Held(self._before(), 0)
 
-    def backward(self, made: Sequence[nn.Parameter], making: Sequence[nn.Parameter]) -> Held:
-        """While a pass computes the gradients of `making`, those of `made` done."""
-        new, here = _size(making), _size(made)
+    def backward(self, points: Points) -> tuple[Numbers, Numbers]:
+        """Gradients and buffers, as in `Held`, at each point of a pass."""
+        new, here = points.making, points.made
         if self.is_flat_bf16:
-            return Held(self._before() + self.element * (here + new), 4 * new)
-        of_new = self.element * (new + self._waiting(made))
-        is_full = here + new > self.zero.reduce_bucket_size
-        buffers = self.bucket + (self._sent if is_full and making else 0)
+            return self._before() + self.element * (here + new), 4 * new
+        # A last gradient that is too large for the bucket is reduced when the next one comes.
+        most = self.zero.reduce_bucket_size
+        of_new = self.element * (new + np.where(points.last > most, points.last, 0))
+        is_full = (here + new > most) & (new > 0)
+        buffers = self.bucket + np.where(is_full, self._sent, 0)
         if self.stage == 3:
-            return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
+            return self.states.gradients + of_new, buffers + self.gathered_backward
         if self.stage == 2:
-            has_own = not self.own.isdisjoint(made)
-            return Held((self._reduced() if has_own else self._before()) + of_new, buffers)
+            has_own = here > self._behind_own
+            return np.where(has_own, self._reduced(), self._before()) + of_new, buffers
         sums = self.size if self.is_accumulated else here
-        return Held(self.element * (sums + new), self.bucket if here else 0)
+        return self.element * (sums + new), np.where(here > 0, self.bucket, 0)
 
     def optimizer(self) -> Iterator[Held]:
         """From the last backward pass to the next step."""
@@ -108,13 +110,12 @@ class StepBuffers(StateRules):
     @cached_property
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
-        return _size(self.own)
+        return sum(param.numel() for param in self.own)
 
-    def _waiting(self, made: Sequence[nn.Parameter]) -> int:
-        """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
-        next one comes."""
-        last = made[-1].numel() if made else 0
-        return last if last > self.zero.reduce_bucket_size else 0
+    @cached_property
+    def _behind_own(self) -> int:
+        """Elements of the parameters behind the last own one."""
+        return elements(list(takewhile(lambda param: param not in self.own, self.params[::-1])))
 
     def _plain(self) -> Iterator[Held]:
         """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
@@ -174,7 +175,3 @@ def _most_copied(sizes: Iterable[int]) -> int:
         if total >= _AT_ONCE:
             total = number = 0
     return most
-
-
-def _size(params: Iterable[nn.Parameter]) -> int:
-    return sum(map(nn.Parameter.numel, params))

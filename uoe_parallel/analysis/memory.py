@@ -11,7 +11,7 @@ from torch import nn
 
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.buffers import Held, StepBuffers
-from uoe_parallel.analysis.parts import Bytes, Part
+from uoe_parallel.analysis.parts import Bytes, StagePart
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.work import Workload
 from uoe_parallel.config.schema import RunConfig
@@ -62,21 +62,22 @@ def step_memory(
     micro_batches_in_flight: int | None = None,
     *,
     on_cuda: bool = True,
-    stage: Part | None = None,
+    stage: StagePart | None = None,
+    buffers: StepBuffers | None = None,
 ) -> StepMemory:
     """Of training `model`, a rank's stage as it is before DeepSpeed gets it, on meta too.
 
     work: of each of its routed blocks in one micro-batch. micro_batches_in_flight: whose
     activations are held at a time; None for those of DeepSpeed's schedule (1F1B). on_cuda: whether
-    it runs on a GPU, whose kernels keep less than a CPU's. stage: what `Activations`
-    has for the same, if that is known.
+    it runs on a GPU, whose kernels keep less than a CPU's. stage, buffers: what `Activations` and
+    `StepBuffers` have for the same, if that is known.
     """
     number = micro_batches(config, model.groups.layout)
     if micro_batches_in_flight is None:
         micro_batches_in_flight = min(model.groups.pipe.size() - model.groups.stage, number)
     stage = stage or Activations(model, config, work, on_cuda=on_cuda).stage()
     others = stage.kept.times(micro_batches_in_flight - 1)
-    rules = StepBuffers(model, config, number)
+    rules = buffers or StepBuffers(model, config, is_accumulated=number > 1)
     always = _messages(model, config, rules.element, micro_batches_in_flight)
 
     def moment(name: Moment, held: Bytes, of_deepspeed: Held) -> StepMemory:
@@ -92,10 +93,11 @@ def step_memory(
         )
 
     moments = [moment("forward", others + stage.forward, rules.forward())]
-    moments += [
-        moment("backward", others + point.held, rules.backward(point.made, point.making))
-        for point in stage.points
-    ]
+    gradients, buffered = rules.backward(stage.points)
+    most = int((stage.points.held.sum(axis=1) + gradients + buffered).argmax())
+    at_most = Bytes(*stage.points.held[most].tolist())
+    of_deepspeed = Held(int(gradients[most]), int(buffered[most]))
+    moments.append(moment("backward", others + at_most, of_deepspeed))
     moments += [moment("optimizer", Bytes(), held) for held in rules.optimizer()]
     return max(moments, key=lambda moment: moment.peak)
 

@@ -61,7 +61,7 @@ class _Rules(StateRules):
                 groups = [g for g in self.parameter_groups if is_wide(g[0]) == wide]
                 sizes = closed_at(map(self.padded_size, groups), MEMORY_OPT_ALLREDUCE_SIZE + 1)
             elif self.stage == 0:
-                params = [p for p in self.model.parameters() if is_wide(p) == wide]
+                params = [p for p in self.params if is_wide(p) == wide]
                 sizes = closed_at((p.numel() for p in params), MEMORY_OPT_ALLREDUCE_SIZE + 1)
             else:
                 sizes = self._bucketed(wide)
@@ -78,7 +78,7 @@ class _Rules(StateRules):
         """Elements of the all-reduces of ZeRO 1 and 2: of each bucket, in each kind of group."""
         params = [param for group in self.parameter_groups for param in group]
         if self.stage == 2:
-            params = list(self.model.parameters())[::-1]
+            params = self.params[::-1]
         limit = self.zero.reduce_bucket_size
         for bucket in filled_up_to(params, limit):
             sizes = [param.numel() for param in bucket if is_wide(param) == wide]
@@ -133,7 +133,7 @@ class _Rules(StateRules):
         for gathering in gatherings(self):
             payload = sum(map(self.partition_size, gathering.params)) * self.element
             yield Transfer(Purpose.WEIGHTS, gathering.phase, "data", "all_gather", 1, payload)
-        params = list(self.model.parameters())[::-1]
+        params = self.params[::-1]
         for bucket in filled_up_to(params, self.zero.reduce_bucket_size):
             size = sum(self.partition_size(p) * self.replicas(p) for p in bucket)
             payload = size * self.reduced_element

@@ -45,6 +45,7 @@ class StateRules:
 
     def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         self.model = model
+        self.params = list(model.parameters())
         self.groups = model.groups
         self.stage = config.parallel.zero_stage
         settings = deepspeed_config(config, model.groups.layout.data)
@@ -94,7 +95,7 @@ class StateRules:
         """Parameters that ZeRO 3 finds too small to gather for every use."""
         kept: list[nn.Parameter] = []
         total = 0
-        for param in self.model.parameters():
+        for param in self.params:
             size = param.numel()
             if size > self.zero.param_persistence_threshold:
                 continue
@@ -105,11 +106,11 @@ class StateRules:
 
     def model_states(self) -> ModelStates:
         """Of this rank."""
-        whole = sum(param.numel() for param in self.model.parameters())
+        whole = sum(param.numel() for param in self.params)
         padded = sum(map(self.padded_size, self.parameter_groups))
         part = sum(map(self.part_size, self.parameter_groups))
         if self.stage == 3:
-            part = sum(map(self.partition_size, self.model.parameters()))
+            part = sum(map(self.partition_size, self.params))
             kept_whole = sum(param.numel() for param in self.kept_whole())
             return ModelStates(self.element * (part + kept_whole), 4 * part, _MASTERED * part)
         if self.is_flat_bf16:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 from torch import nn
 
@@ -67,11 +68,19 @@ class _Coordinator:
     def __init__(self, rules: StateRules) -> None:
         model, self.zero = rules.model, rules.zero
         self.kept_whole = set(rules.kept_whole())
-        self.number = {param: n for n, param in enumerate(model.parameters())}
+        self.number = {param: n for n, param in enumerate(rules.params)}
         self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
         self.events = [*_forward(model), *_backward(model)]
         starts = [event.module for event in self.events if event.is_start]
         self.trace = [self._params(module) for module in starts]
+        self.uses: dict[nn.Parameter, list[int]] = {param: [] for param in self.number}
+        """Steps at which each parameter is used."""
+        for step, params in enumerate(self.trace):
+            for param in params:
+                self.uses[param].append(step)
+        sizes = (sum(param.numel() for param in params) for params in self.trace)
+        self.used_before = list(accumulate(sizes, initial=0))
+        """Elements that all steps before each one use."""
         self.step = 0
         """Modules started so far."""
         self.queue = deque((p, step) for step, params in enumerate(self.trace) for p in params)
@@ -131,19 +140,22 @@ class _Coordinator:
         return wanted
 
     def _let_go(self, module: nn.Module) -> None:
-        used_soon: set[nn.Parameter] = set()
-        distance = 0
-        for params in self.trace[self.step :]:
-            if distance >= self.zero.max_reuse_distance:
-                break
-            used_soon.update(params)
-            distance += sum(param.numel() for param in params)
         for param in self._params(module):
             self.users[param].discard(module)
-            stays = param in used_soon or self.seen_use[param] > self.step
-            if param in self.here - self.kept_whole and not stays and not self.users[param]:
+            stays = self._used_soon(param) or self.seen_use[param] > self.step
+            leaves = param in self.here and param not in self.kept_whole
+            if leaves and not stays and not self.users[param]:
                 self.here.remove(param)
                 self.gathered -= param.numel()
+
+    def _used_soon(self, param: nn.Parameter) -> bool:
+        """Whether a step uses it with less than the reuse distance before that."""
+        uses = self.uses[param]
+        following = bisect_left(uses, self.step)
+        if following == len(uses):
+            return False
+        distance = self.used_before[uses[following]] - self.used_before[self.step]
+        return distance < self.zero.max_reuse_distance
 
 
 def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
