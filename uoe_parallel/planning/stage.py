@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
-from uoe_parallel.analysis.parts import Part
+from uoe_parallel.analysis.parts import StagePart
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.states import ModelStates, StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
@@ -79,7 +79,7 @@ class Stage:
         work = self.once(expected_work, config)
         return micro_batch_flops(model, config, work, pads=not self.on_cuda)
 
-    def activations(self, model: LanguageModel, config: RunConfig) -> Part:
+    def activations(self, model: LanguageModel, config: RunConfig) -> StagePart:
         """Of a micro-batch."""
         _set_recompute(model, config.training.recompute)
         work = self.once(expected_work, config)
@@ -145,7 +145,7 @@ class Rank:
         """With the routes that give this rank the most."""
         return self._memory(worst_work(self.model, self.config))
 
-    def _memory(self, work: Workload, stage: Part | None = None) -> StepMemory:
+    def _memory(self, work: Workload, stage: StagePart | None = None) -> StepMemory:
         _set_recompute(self.model, self.config.training.recompute)
         return step_memory(self.model, self.config, work, on_cuda=self.on_cuda, stage=stage)
 
