@@ -204,7 +204,7 @@ def simulate_world(
             micro_batches=micro_batches(config, layout),
             shapes=_shapes(model, config),
             parameters=parameter_places(model),
-            states=StateRules(model, config).model_states(),
+            states=StateRules(model, config).states,
             traffic=step_traffic(model, config, exchanges),
         )
 

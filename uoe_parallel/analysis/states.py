@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -104,7 +105,8 @@ class StateRules:
                 total += size
         return kept
 
-    def model_states(self) -> ModelStates:
+    @cached_property
+    def states(self) -> ModelStates:
         """Of this rank."""
         whole = sum(param.numel() for param in self.params)
         padded = sum(map(self.padded_size, self.parameter_groups))

@@ -70,6 +70,7 @@ class _Coordinator:
         self.kept_whole = set(rules.kept_whole())
         self.number = {param: n for n, param in enumerate(rules.params)}
         self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
+        self.read: dict[nn.Module, list[nn.Parameter]] = {}
         self.events = [*_forward(model), *_backward(model)]
         starts = [event.module for event in self.events if event.is_start]
         self.trace = [self._params(module) for module in starts]
@@ -108,6 +109,11 @@ class _Coordinator:
 
     def _params(self, module: nn.Module) -> list[nn.Parameter]:
         """What a module's own code reads, in the model's order."""
+        if module not in self.read:
+            self.read[module] = self._read(module)
+        return self.read[module]
+
+    def _read(self, module: nn.Module) -> list[nn.Parameter]:
         params = set(module.parameters(recurse=False))
         others = []
         if isinstance(module, DenseBlock):

@@ -65,6 +65,7 @@ class Stage:
         self.routes = {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
         self.parameters = sum(param.numel() for param in model.parameters())
         self._found: dict[Hashable, Any] = {}
+        self._recompute: Recompute | None = None
 
     def once(self, find: Callable[[LanguageModel, RunConfig], _T], config: RunConfig) -> _T:
         """`find(model, config)`, which must not depend on the ZeRO stage."""
@@ -79,9 +80,16 @@ class Stage:
         work = self.once(expected_work, config)
         return micro_batch_flops(model, config, work, pads=not self.on_cuda)
 
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Have the model recompute so much."""
+        # Building a stage takes longer than everything that is asked of it.
+        if recompute != self._recompute:
+            _set_recompute(self.model, recompute)
+            self._recompute = recompute
+
     def activations(self, model: LanguageModel, config: RunConfig) -> StagePart:
         """Of a micro-batch."""
-        _set_recompute(model, config.training.recompute)
+        self.set_recompute(config.training.recompute)
         work = self.once(expected_work, config)
         return Activations(model, config, work, on_cuda=self.on_cuda).stage()
 
@@ -117,7 +125,7 @@ class Rank:
 
     @cached_property
     def states(self) -> ModelStates:
-        return self.stage.rules(self.config).model_states()
+        return self.stage.rules(self.config).states
 
     @cached_property
     def memory(self) -> StepMemory:
@@ -146,8 +154,11 @@ class Rank:
         return self._memory(worst_work(self.model, self.config))
 
     def _memory(self, work: Workload, stage: StagePart | None = None) -> StepMemory:
-        _set_recompute(self.model, self.config.training.recompute)
-        return step_memory(self.model, self.config, work, on_cuda=self.on_cuda, stage=stage)
+        self.stage.set_recompute(self.config.training.recompute)
+        rules = self.stage.rules(self.config)
+        return step_memory(
+            self.model, self.config, work, on_cuda=self.on_cuda, stage=stage, rules=rules
+        )
 
     @property
     def computations(self) -> list[Computation]:
@@ -157,10 +168,9 @@ class Rank:
     @cached_property
     def traffic(self) -> list[Transfer]:
         """Of a step."""
-        _set_recompute(self.model, self.config.training.recompute)
-        return step_traffic(
-            self.model, self.config, self.stage.once(expected_exchanges, self.config)
-        )
+        self.stage.set_recompute(self.config.training.recompute)
+        exchanges = self.stage.once(expected_exchanges, self.config)
+        return step_traffic(self.model, self.config, exchanges, self.stage.rules(self.config))
 
     @cached_property
     def time(self) -> StageTime:
@@ -178,7 +188,6 @@ class Rank:
 
 
 def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:
-    # Building a stage takes longer than everything that is asked of it.
     for layer in model.layers.values():
         assert isinstance(layer, TransformerBlock)
         layer.recompute = recompute == "full"
