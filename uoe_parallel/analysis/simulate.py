@@ -165,7 +165,7 @@ def _alike(param: nn.Parameter | None) -> nn.Parameter | None:
     if param is None:
         return None
     alike = nn.Parameter(param.detach())
-    alike.__dict__.update(param.__dict__)  # the marks of Megatron and DeepSpeed
+    vars(alike).update(vars(param))  # the marks of Megatron and DeepSpeed
     return alike
 
 
