@@ -117,7 +117,7 @@ class Activations:
                 for block, of_block, norm in zip(blocks, work, norms, strict=True)
             ]
         )
-        if not layer.recompute:
+        if self.recompute != "full":
             return part
         return self._recomputed(part, Bytes(self.shard), Bytes(working=self.shard))
 
@@ -226,12 +226,14 @@ class Activations:
             else self._attention(experts, work)
         )
         rows = work.rows * self.row
-        keeps_rows = block.recompute or isinstance(experts, SelectiveMultiHeadAttention)
+        keeps_rows = self.recompute == "selective" or isinstance(
+            experts, SelectiveMultiHeadAttention
+        )
         if block.spreads_tokens:  # what was exchanged is there until the block is done
             passing = work.sent_rows * self.row + (0 if keeps_rows else rows)
             forward = arithmetic.forward + Bytes(dispatch=passing)
             arithmetic = replace(arithmetic, forward=forward)
-        if block.recompute:  # with the result and its gradient
+        if self.recompute == "selective":  # with the result and its gradient
             arithmetic = self._recomputed(arithmetic, Bytes(), Bytes(working=2 * rows))
         return joined([self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic])
 

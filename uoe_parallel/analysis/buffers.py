@@ -16,7 +16,6 @@ from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from uoe_parallel.analysis.parts import Numbers, Points, elements
 from uoe_parallel.analysis.reduction import closed_at
 from uoe_parallel.analysis.states import StateRules
-from uoe_parallel.analysis.zero3 import most_gathered
 from uoe_parallel.parallel.sharding import is_wide
 
 _NORM = 8  # bytes of an fp64
@@ -44,8 +43,6 @@ class StepBuffers:
         }
         """Parameters of which ZeRO 1 and 2 have something step here."""
         self.bucket = self._bucket()
-        gathered = most_gathered(rules) if self.rules.stage == 3 else (0, 0)
-        self.gathered_forward, self.gathered_backward = (self.rules.element * n for n in gathered)
 
     def _bucket(self) -> int:
         """Bytes of what gradients are put together in, contiguous, before they are reduced."""
@@ -61,7 +58,11 @@ class StepBuffers:
     def forward(self) -> Held:
         """While a forward pass goes on."""
         if self.rules.stage == 3:
-            return Held(self.rules.states.gradients, self.bucket + self.gathered_forward)
+            gathered = self.rules.gatherings
+            return Held(
+                self.rules.states.gradients,
+                self.bucket + self.rules.element * gathered.most_forward,
+            )
         return Held(self._before(), 0)
 
     def backward(self, points: Points) -> tuple[Numbers, Numbers]:
@@ -75,7 +76,8 @@ class StepBuffers:
         is_full = (here + new > most) & (new > 0)
         buffers = self.bucket + np.where(is_full, self._sent, 0)
         if self.rules.stage == 3:
-            return self.rules.states.gradients + of_new, buffers + self.gathered_backward
+            gathered = self.rules.element * self.rules.gatherings.most_backward
+            return self.rules.states.gradients + of_new, buffers + gathered
         if self.rules.stage == 2:
             has_own = here > self._behind_own
             return np.where(has_own, self._reduced(), self._before()) + of_new, buffers

@@ -16,7 +16,6 @@ from torch import nn
 
 from uoe_parallel.analysis.states import StateRules, spans
 from uoe_parallel.analysis.transfer import Transfer, times
-from uoe_parallel.analysis.zero3 import gatherings
 from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.parallel.sharding import is_wide
 
@@ -131,7 +130,7 @@ class _Traffic:
 
     def zero3_pass(self) -> Iterator[Transfer]:
         """One micro-batch under ZeRO 3: weights gathered for their modules, gradients scattered."""
-        for gathering in gatherings(self.rules):
+        for gathering in self.rules.gatherings.all:
             payload = sum(map(self.rules.partition_size, gathering.params)) * self.rules.element
             yield Transfer(Purpose.WEIGHTS, gathering.phase, "data", "all_gather", 1, payload)
         params = self.rules.params[::-1]

@@ -164,7 +164,7 @@ def _twin(module: _Module) -> _Module:
 def _alike(param: nn.Parameter | None) -> nn.Parameter | None:
     if param is None:
         return None
-    alike = nn.Parameter(param.detach())
+    alike = nn.Parameter(param)
     vars(alike).update(vars(param))  # the marks of Megatron and DeepSpeed
     return alike
 

@@ -10,6 +10,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from uoe_parallel.analysis.zero3 import Gatherings, gatherings
 from uoe_parallel.config.deepspeed import deepspeed_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.model.language_model import LanguageModel
@@ -49,6 +50,7 @@ class StateRules:
         self.params = list(model.parameters())
         self.groups = model.groups
         self.stage = config.parallel.zero_stage
+        self.recompute = config.training.recompute
         settings = deepspeed_config(config, model.groups.layout.data)
         self.zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
         dtype = DTYPES[config.training.precision]
@@ -104,6 +106,11 @@ class StateRules:
                 kept.append(param)
                 total += size
         return kept
+
+    @cached_property
+    def gatherings(self) -> Gatherings:
+        """Those of ZeRO 3."""
+        return gatherings(self.model, self.zero, self.kept_whole(), self.recompute)
 
     @cached_property
     def states(self) -> ModelStates:

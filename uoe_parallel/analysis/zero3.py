@@ -8,13 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.config.schema import Recompute
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
-from uoe_parallel.model.language_model import TransformerBlock
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.purposes import Phase
+
+_RECOMPUTED: dict[Recompute, type[nn.Module] | None] = {
+    "none": None,
+    "selective": RoutedBlock,
+    "full": TransformerBlock,
+}
 
 
 @dataclass(frozen=True)
@@ -25,34 +32,48 @@ class Gathering:
     params: list[nn.Parameter]
 
 
-def gatherings(rules: StateRules) -> Iterator[Gathering]:
+@dataclass(frozen=True)
+class Gatherings:
+    """Of a micro-batch."""
+
+    all: list[Gathering]
+    most_forward: int
+    """The most elements of weights that are here at a time because they were gathered, in a forward
+    pass."""
+    most_backward: int
+    """In a backward pass."""
+
+
+def gatherings(
+    model: LanguageModel,
+    zero: DeepSpeedZeroConfig,
+    kept_whole: list[nn.Parameter],
+    recompute: Recompute,
+) -> Gatherings:
     """All of a micro-batch's forward and backward pass.
 
     Follows DeepSpeed's coordinator once it knows the order of modules. At a module's start it
     gathers what the module needs and misses, then, in order of use, what follows, up to the size
     of the prefetch bucket. At a module's end it lets go of its weights, unless they are used again
     within the reuse distance, or were here when it last looked ahead to a later use.
-    """
-    return _Coordinator(rules).run()
-
-
-def most_gathered(rules: StateRules) -> tuple[int, int]:
-    """The most elements of weights that are here at a time because they were gathered, in a forward
-    and in a backward pass.
 
     What is gathered together arrives in one piece, of which each weight gets a copy; the piece is
     kept until the last of them is used.
+
+    kept_whole: parameters that are not gathered for each use.
     """
-    coordinator = _Coordinator(rules)
+    coordinator = _Coordinator(model, zero, kept_whole, _RECOMPUTED[recompute])
+    found: list[Gathering] = []
     forward = backward = left = 0
     for gathering in coordinator.run():
+        found.append(gathering)
         piece = sum(param.numel() for param in gathering.params)
         most = coordinator.gathered + (piece if len(gathering.params) > 1 else 0)
         if gathering.phase == "forward":
             forward, left = max(forward, most), coordinator.gathered
         else:
             backward = max(backward, most)
-    return forward, max(backward, left)
+    return Gatherings(found, forward, max(backward, left))
 
 
 @dataclass(frozen=True)
@@ -65,13 +86,19 @@ class _Event:
 
 
 class _Coordinator:
-    def __init__(self, rules: StateRules) -> None:
-        model, self.zero = rules.model, rules.zero
-        self.kept_whole = set(rules.kept_whole())
-        self.number = {param: n for n, param in enumerate(rules.params)}
+    def __init__(
+        self,
+        model: LanguageModel,
+        zero: DeepSpeedZeroConfig,
+        kept_whole: list[nn.Parameter],
+        recomputed: type[nn.Module] | None,
+    ) -> None:
+        self.zero = zero
+        self.kept_whole = set(kept_whole)
+        self.number = {param: n for n, param in enumerate(model.parameters())}
         self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
         self.read: dict[nn.Module, list[nn.Parameter]] = {}
-        self.events = [*_forward(model), *_backward(model)]
+        self.events = [*_forward(model), *_backward(model, recomputed)]
         starts = [event.module for event in self.events if event.is_start]
         self.trace = [self._params(module) for module in starts]
         self.uses: dict[nn.Parameter, list[int]] = {param: [] for param in self.number}
@@ -176,15 +203,18 @@ def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
     yield _Event(phase, False, module)
 
 
-def _backward(module: nn.Module) -> Iterator[_Event]:
+def _backward(module: nn.Module, recomputed: type[nn.Module] | None) -> Iterator[_Event]:
+    """recomputed: modules that come forward once more."""
     if isinstance(module, nn.ModuleDict):
-        yield from chain.from_iterable(map(_backward, reversed(list(module.children()))))
+        for child in reversed(list(module.children())):
+            yield from _backward(child, recomputed)
         return
     yield _Event("backward", True, module)
     children = _called_by(module)
-    if isinstance(module, TransformerBlock | RoutedBlock) and module.recompute:
+    if recomputed is not None and isinstance(module, recomputed):
         yield from chain.from_iterable(_forward(child, "recompute") for child in children)
-    yield from chain.from_iterable(map(_backward, reversed(children)))
+    for child in reversed(children):
+        yield from _backward(child, recomputed)
     yield _Event("backward", False, module)
 
 

@@ -17,8 +17,7 @@ from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_work, worst_work
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
-from uoe_parallel.model.block import RoutedBlock
-from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import Hardware
@@ -65,7 +64,6 @@ class Stage:
         self.routes = {name: Route.of(r, hardware) for name, r in group_ranks(model.groups).items()}
         self.parameters = sum(param.numel() for param in model.parameters())
         self._found: dict[Hashable, Any] = {}
-        self._recompute: Recompute | None = None
 
     def once(self, find: Callable[[LanguageModel, RunConfig], _T], config: RunConfig) -> _T:
         """`find(model, config)`, which must not depend on the ZeRO stage."""
@@ -80,25 +78,19 @@ class Stage:
         work = self.once(expected_work, config)
         return micro_batch_flops(model, config, work, pads=not self.on_cuda)
 
-    def set_recompute(self, recompute: Recompute) -> None:
-        """Have the model recompute so much."""
-        # Building a stage takes longer than everything that is asked of it.
-        if recompute != self._recompute:
-            _set_recompute(self.model, recompute)
-            self._recompute = recompute
-
     def activations(self, model: LanguageModel, config: RunConfig) -> StagePart:
         """Of a micro-batch."""
-        self.set_recompute(config.training.recompute)
         work = self.once(expected_work, config)
         return Activations(model, config, work, on_cuda=self.on_cuda).stage()
 
     def rules(self, config: RunConfig) -> StateRules:
         """How DeepSpeed keeps its parameters, which its ZeRO stage decides."""
         zero_stage = config.parallel.zero_stage
-        if zero_stage not in self._found:
-            self._found[zero_stage] = StateRules(self.model, config)
-        return self._found[zero_stage]
+        # ZeRO 3 gathers weights for what is recomputed.
+        key = zero_stage, config.training.recompute if zero_stage == 3 else None
+        if key not in self._found:
+            self._found[key] = StateRules(self.model, config)
+        return self._found[key]
 
 
 def simulated_stage(
@@ -154,7 +146,6 @@ class Rank:
         return self._memory(worst_work(self.model, self.config))
 
     def _memory(self, work: Workload, stage: StagePart | None = None) -> StepMemory:
-        self.stage.set_recompute(self.config.training.recompute)
         rules = self.stage.rules(self.config)
         return step_memory(
             self.model, self.config, work, on_cuda=self.on_cuda, stage=stage, rules=rules
@@ -168,7 +159,6 @@ class Rank:
     @cached_property
     def traffic(self) -> list[Transfer]:
         """Of a step."""
-        self.stage.set_recompute(self.config.training.recompute)
         exchanges = self.stage.once(expected_exchanges, self.config)
         return step_traffic(self.model, self.config, exchanges, self.stage.rules(self.config))
 
@@ -185,17 +175,6 @@ class Rank:
             overlaps=bool(rules.zero.overlap_comm),
         )
         return stage_time(work, self.stage.routes, self.hardware, self.config.training.precision)
-
-
-def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:
-    for layer in model.layers.values():
-        assert isinstance(layer, TransformerBlock)
-        layer.recompute = recompute == "full"
-        for block in (layer.attention, layer.feed_forward):
-            experts: Any = block.experts
-            experts.recompute = recompute == "selective"
-            if isinstance(block, RoutedBlock):
-                block.recompute = experts.recompute
 
 
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
