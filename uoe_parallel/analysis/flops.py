@@ -220,6 +220,7 @@ class _Passes:
                 ("attention", layer.attention),
                 ("feed_forward", layer.feed_forward),
             ):
+                # Blocks of a kind with one and the same work, or none, multiply alike.
                 of_block = work.get(f"layers.{number}.{kind}")
                 alike[kind, id(of_block)].append((block, of_block))
         for blocks in alike.values():

@@ -98,9 +98,9 @@ def step_memory(
     moments = [moment("forward", others + stage.forward, buffers.forward())]
     gradients, buffered = buffers.backward(stage.points)
     most = int((stage.points.held.sum(axis=1) + gradients + buffered).argmax())
-    at_most = Bytes(*stage.points.held[most].tolist())
+    of_passes = others + Bytes(*stage.points.held[most].tolist())
     of_deepspeed = Held(int(gradients[most]), int(buffered[most]))
-    moments.append(moment("backward", others + at_most, of_deepspeed))
+    moments.append(moment("backward", of_passes, of_deepspeed))
     moments += [moment("optimizer", Bytes(), held) for held in buffers.optimizer()]
     return max(moments, key=lambda moment: moment.peak)
 

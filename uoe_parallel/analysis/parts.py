@@ -78,7 +78,7 @@ class Part:
 
     @cached_property
     def numbers(self) -> Points:
-        """Of its points; those of parameters that only this part has made."""
+        """Of its points, with what this part has made alone."""
         return Points(
             held=_table([p.held.numbers for p in self.points], 3),
             making=_table([elements(p.making) for p in self.points]),
@@ -96,7 +96,7 @@ class Points:
     making: Numbers
     """[N]: elements of the parameters whose gradients are computed at a point."""
     made: Numbers
-    """[N]: of those whose gradients were computed before. These are the last ones of the model's
+    """[N]: of those whose gradients were computed before, which are the last ones in the model's
     order."""
     last: Numbers
     """[N]: of the last one among these, 0 if there is none."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from uoe_parallel.analysis.zero3 import Gatherings, gatherings
 from uoe_parallel.config.deepspeed import deepspeed_config
-from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.sharding import replica_group
 from uoe_parallel.training.engine import DTYPES
@@ -50,7 +50,7 @@ class StateRules:
         self.params = list(model.parameters())
         self.groups = model.groups
         self.stage = config.parallel.zero_stage
-        self.recompute = config.training.recompute
+        self.recompute: Recompute = config.training.recompute
         settings = deepspeed_config(config, model.groups.layout.data)
         self.zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
         dtype = DTYPES[config.training.precision]

@@ -223,10 +223,9 @@ class LanguageModel(nn.Module):
 
     Causal or bidirectional, and with the head that the config's task needs.
 
-    `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something.
-    `build_layer` makes a layer of a number.
-    Parameters have the same names whatever the stage: layers are numbered over the whole model. A
-    tied embedding is built on the first and on the last stage.
+    `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something;
+    `build_layer` makes the layer of a number. Parameters have the same names whatever the stage,
+    with layers numbered over the whole model. The first and the last have a tied embedding.
     """
 
     def __init__(
