@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Ranks
+from tests.planning.cases import plan_alone
 from tests.programs import CHECKOUT, Outcome, call_program
 from tests.tiny import write_corpus
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RoutedLayers, RunConfig
 from uoe_parallel.parallel.layout import layout_faults
+from uoe_parallel.planning.hardware import load_hardware
 
 SHIPPED = sorted((CHECKOUT / "configs").glob("**/*.yaml"))
+CLUSTER = [path for path in SHIPPED if not path.stem.startswith("cpu_")]
 MOST_RANKS = 2
 
 every_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -25,8 +29,27 @@ def test_there_are_configs() -> None:
 
 @every_config
 def test_config_loads_for_the_ranks_it_needs(path: Path) -> None:
-    world_size = load_config(path).parallel.tensor
+    world_size = _machines(path)[0] if path in CLUSTER else load_config(path).parallel.tensor
     load_config(path, checks=[lambda config: layout_faults(config, world_size)])
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+def test_cluster_config_is_planned_as_it_says(ranks: Ranks, path: Path) -> None:
+    world_size, machine = _machines(path)
+    config, hardware = load_config(path), load_hardware(machine)
+    (plan,) = ranks(1).run(plan_alone, config, world_size, hardware)
+    assert plan.fits
+    # Routes that nobody wants must not end the run either.
+    worst = hardware.needed(plan.fullest.worst_memory.peak)
+    assert worst <= hardware.memory
+    comment = " ".join(re.findall(r"^# ?(.*)$", path.read_text(), re.MULTILINE))
+    even = f"needs {plan.needed / 2**30:.2f} GiB of a device at "
+    skewed = f"even routes and {worst / 2**30:.2f} GiB at the worst"
+    says = even + ("any routing" if worst == plan.needed else skewed)
+    says += f", {plan.time.seconds:.2f} s a step, {plan.utilisation:.1%} of the peak."
+    assert says in comment
+    named = float(path.stem.partition("b_")[0])
+    assert plan.parameters.total / 1e9 == pytest.approx(named, rel=0.05)
 
 
 @every_config
@@ -43,6 +66,13 @@ def test_config_trains_when_it_is_shrunk(ranks: Ranks, tmp_path: Path, path: Pat
     assert "nothing written" in first.out
 
 
+def _machines(path: Path) -> tuple[int, str]:
+    """How many devices a config for a cluster is for, and which, by its name."""
+    found = re.search(r"_(\d+)x(\w+)$", path.stem)
+    assert found is not None, path
+    return int(found[1]), found[2]
+
+
 def _shrunk(config: RunConfig, tensor: int, corpus: Path) -> list[str]:
     """Overrides that make the run tiny and leave what it chooses as it is."""
     model = config.model
@@ -52,6 +82,8 @@ def _shrunk(config: RunConfig, tensor: int, corpus: Path) -> list[str]:
     return [
         f"run_dir={corpus.parent / 'run'}",
         f"parallel.tensor={tensor}",
+        "parallel.pipeline=1",
+        "training.precision=fp32",
         f"model.num_layers={min(model.num_layers, layers)}",
         f"model.hidden_size={8 * model.num_heads}",
         f"model.ffn_size={8 * config.feed_forward.num_experts}",

@@ -29,6 +29,7 @@ MACHINE: dict[str, Any] = {
     "achievable": 0.5,
     "memory": 10**11,
     "memory_bandwidth": 1e11,
+    "layer_overhead": 0.0,
     "reserved_memory": 0,
     "fragmentation": 0.0,
     "intra_node": {"bandwidth": 1e10, "latency": 1e-6},

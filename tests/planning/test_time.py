@@ -36,6 +36,8 @@ def test_routes_know_nodes() -> None:
     assert (ONE_EACH.size, ONE_EACH.share, ONE_EACH.bandwidth, ONE_EACH.hop) == (8, 1, 1e9, 1e-5)
     # A ring enters and leaves a node over the links of both of its devices.
     assert (TWO_EACH.size, TWO_EACH.share, TWO_EACH.bandwidth) == (6, 2, 2e9)
+    # The node with one device is the narrowest.
+    assert Route.of([0, 1, 4], MACHINE).bandwidth == 1e9
     # No link of many lets a ring go faster than it goes between the devices of a node.
     assert Route.of(range(64), machine(devices_per_node=32)).bandwidth == 1e10
 
@@ -79,6 +81,7 @@ def _work(*, overlaps: bool = False, recompute: int = 0, weights: int = 0) -> Wo
         computations=computations,
         kept=10**10,
         weights=weights,
+        layers=3,
         states=ModelStates(weights=10**9, gradients=10**9, optimizer=3 * 10**9),
         traffic=[gathered, dispatched, reduced],
         micro_batches=2,
@@ -119,9 +122,25 @@ def test_recomputation_and_weights_take_time() -> None:
     assert heavy.products == pytest.approx(4 + 8)
 
 
+def test_a_device_waits_for_its_host() -> None:
+    """Which takes twelve seconds to queue three layers, four more if their forward pass comes
+    twice; on a CPU it is the device."""
+    host = {"layer_overhead": 4.0}
+    time = stage_time(_work(), ROUTES, machine(**host), "fp32")
+    assert time.host == 12
+    busy = time.products + time.memory + time.communication
+    assert time.micro_batch == busy + 12
+    assert stage_time(_work(recompute=10**12), ROUTES, machine(**host), "fp32").host == 16
+    waits = stage_time(_work(), ROUTES, machine(**host, device="cuda"), "fp32")
+    assert waits.micro_batch == pytest.approx(max(busy, 12))
+    fast = {"flops": {"fp32": 1e15}, "memory_bandwidth": 1e15}
+    waits = stage_time(_work(), ROUTES, machine(**host, **fast, device="cuda"), "fp32")
+    assert waits.micro_batch == pytest.approx(12)
+
+
 def test_stages_take_turns() -> None:
-    slow = StageTime(products=3, memory=1, communication=1, hidden=9, after=1, optimizer=1)
-    fast = StageTime(products=1, memory=1, communication=1, hidden=9, after=3, optimizer=1)
+    slow = StageTime(products=3, memory=1, communication=1, hidden=9, host=0, after=1, optimizer=1)
+    fast = StageTime(products=1, memory=1, communication=1, hidden=9, host=0, after=3, optimizer=1)
     time = step_time([fast, slow], pipeline=4, micro_batches=5)
     assert time.seconds == (5 + 4 - 1) * 5 + 4
     assert time.bubble == 3 / 8

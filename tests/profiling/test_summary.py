@@ -81,6 +81,13 @@ def test_of_a_send_the_slower_end_and_the_senders_bytes_count() -> None:
     assert row.measured == Amount(1, 1, 1000) and row.bus_bandwidth == pytest.approx(2000)
 
 
+def test_the_middle_call_is_typical() -> None:
+    payloads = (1000, 7000, 0, 3000)
+    found = joined([event(n, n + 0.1, number=n, payload=size) for n, size in enumerate(payloads)])
+    (row,) = summarise(found, 1, {})
+    assert row.typical_payload == 3000
+
+
 def test_what_was_expected_and_never_came_is_seen() -> None:
     key = ("gradients", "data", "all_reduce")
     (row,) = summarise(joined([]), 2, {key: Amount(2, 4, 800)})

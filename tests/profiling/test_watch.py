@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from tests.harness import Ranks
-from tests.programs import CHECKOUT, call_program, write_run
+from tests.model.cases import start
+from tests.profiling.hanging import SLEEPING, STOPPED, rank
+from tests.programs import write_run
+from tests.tiny import tiny_config
+from uoe_parallel.analysis.observe import Call
+from uoe_parallel.parallel.purposes import Purpose
+from uoe_parallel.profiling import watch
 from uoe_parallel.profiling.watch import HANG_EXIT_CODE
 
-SLEEPING, STOPPED = 1, 2
-"""Ranks of `hanging.py`."""
 
-
+@pytest.mark.usefixtures("ranks")
 def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
     # More than the ranks of a tiny run wait for each other on a busy machine.
-    config = write_run(tmp_path, training={"global_batch_size": 6}, profile={"wait_limit": 5})
+    config = write_run(tmp_path, training={"global_batch_size": 6}, profile={"wait_limit": 3})
     port = _free_port()
-    processes = [_start(rank, config, port) for rank in range(3)]
+    complaints = [tmp_path / f"complaints-{number}" for number in range(3)]
+    processes = [_start(number, config, port, file) for number, file in enumerate(complaints)]
     try:
-        complaints = [processes[rank].communicate(timeout=90)[1] for rank in (0, SLEEPING)]
-        codes = [process.poll() for process in processes]
+        for number in (0, SLEEPING):
+            processes[number].join(90)
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
     assert codes == [HANG_EXIT_CODE, HANG_EXIT_CODE, None]
-    report, nothing = ([line for line in err.splitlines() if "uoe-" in line] for err in complaints)
-    assert nothing == []
-    assert report == [
-        "uoe-pretrain: rank 0 has waited longer than profile.wait_limit, 5 s, in all_reduce for "
+    told = [
+        [line for line in file.read_text().splitlines() if "uoe-" in line] for file in complaints
+    ]
+    assert told[SLEEPING] == told[STOPPED] == []
+    assert told[0] == [
+        "uoe-pretrain: rank 0 has waited longer than profile.wait_limit, 3 s, in all_reduce for "
         "smallest and largest token (step) over ranks 0, 1, 2 of the data group, in step 1. Not "
         "there: rank 1, which is in code of its own; rank 2, which does not answer: stopped or gone"
     ]
 
 
-def _start(rank: int, config: Path, port: int) -> subprocess.Popen[str]:
+def _start(number: int, config: Path, port: int, complaints: Path) -> BaseProcess:
     """A rank of three, by itself: a launcher takes half a minute to end one that is stopped."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
-    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.profiling.hanging", str(config)],
-        cwd=CHECKOUT,
-        env=os.environ | {name: str(value) for name, value in places.items()},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+    environment = {name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()}
+    environment["MASTER_ADDR"] = "127.0.0.1"
+    context = multiprocessing.get_context("forkserver")  # of the tests' ranks: torch is loaded
+    process = context.Process(target=rank, args=(number, environment, config, complaints))
+    process.start()
+    return process
 
 
 def _free_port() -> int:
@@ -58,7 +66,50 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_a_run_that_goes_well_is_left_alone(ranks: Ranks, tmp_path: Path) -> None:
-    config = write_run(tmp_path, parallel={"tensor": 2}, profile={"wait_limit": 60})
-    outcomes = ranks(2).run(call_program, "--config", config)
-    assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, "")] * 2
+class _Mark:
+    """As a CUDA event, which a stream comes past when the test says so."""
+
+    def __init__(self, made: list[_Mark]) -> None:
+        self.is_past = False
+        made.append(self)
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.is_past
+
+
+def _late_on_a_stream() -> list[int | None]:
+    """Numbers of the collectives that a stream waits for, as it comes past one after the other."""
+    groups, now = start(tiny_config()), 0.0
+    marks: list[_Mark] = []
+    late: list[int | None] = []
+    call = Call("all_reduce", groups.world, (0,), Purpose.HEAD, "forward", 8, 0, False, (0,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "Event", lambda: _Mark(marks))
+        patch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+        watched = watch.Watch(groups, limit=5.0)
+
+        def look() -> None:
+            found = watched._late()
+            late.append(None if found is None else found.number)
+
+        for _ in range(3):
+            note = watched.called(call)
+            watched.waits(note)
+            watched.waited(note)  # the caller goes on at once
+        now = 6.0
+        look()
+        for mark in marks:
+            mark.is_past = True
+            look()  # the next one's waiting begins
+            now += 6.0
+            look()
+    return late
+
+
+def test_a_stream_that_waits_is_seen_when_its_caller_has_gone_on(ranks: Ranks) -> None:
+    """Also at a collective that was queued while an earlier one had not ended."""
+    assert ranks(1).run(_late_on_a_stream)[0] == [1, None, 2, None, 3, None, None]

@@ -69,6 +69,12 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
 
 
+def local_size_from_environment() -> int:
+    """Ranks of this launch on this node; all of them where the launcher does not say."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return int(told or world_size_from_environment())
+
+
 @contextmanager
 def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Device]:
     """torch.distributed and deepspeed.comm for the life of the block.

@@ -1,4 +1,5 @@
-"""Measures this machine, as ranks that share it see it, for a hardware profile."""
+"""Measures this machine, or all nodes of a launch, as the ranks of a run see them, for a hardware
+profile."""
 
 from __future__ import annotations
 
@@ -13,18 +14,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from uoe_parallel.config import yaml_text
+from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.errors import UserError
+from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.parallel.device import Device
-from uoe_parallel.parallel.groups import distributed
+from uoe_parallel.parallel.groups import (
+    distributed,
+    local_size_from_environment,
+    rank_from_environment,
+    start_groups,
+    world_size_from_environment,
+)
+from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import MEASURED, MEASURED_FILE, Hardware, Link
 from uoe_parallel.verification.ranks import THREADS, Failure, LocalRanks
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRODUCTS = (256, 512, 1024)
 """Widths of the square matrices that are multiplied."""
 COPIED = 1 << 26
 """Bytes of what is copied, more than caches hold."""
+LAYERS = (1, 5)
+"""Of the models whose difference is what a layer costs."""
 SMALL, LARGE = 1 << 10, 1 << 23
 """Bytes that a rank sends, for the latency and for the bandwidth of a link."""
 ROUNDS = 7
@@ -33,61 +47,132 @@ TIMEOUT = 300.0
 
 
 def calibrate(ranks: int, path: Path = MEASURED_FILE) -> str:
-    """Measure on `ranks` processes at once and write the profile to `path`; returns what it says.
+    """Measure and write the profile to `path`; returns what it says.
 
-    Ranks have the cores of this machine in equal shares, as in a run. Raises UserError if it can't
-    be measured or written.
+    Alone, `ranks` processes of this machine are started, with its cores in equal shares, as in a
+    run. A process of a launcher's measures with the others, links between nodes too, and rank 0
+    writes. Raises UserError if it can't be measured or written.
     """
-    threads = os.environ.get(THREADS) or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    launched = world_size_from_environment() > 1
+    found = measure(_threads(local_size_from_environment())) if launched else _started(ranks)
+    text = yaml_text.dump(Hardware.model_validate(found).model_dump())
+    if rank_from_environment() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--calibrate: {path} cannot be written: {error.strerror}") from None
+    return f"{text}\nwritten to {path}"
+
+
+def _started(ranks: int) -> dict[str, Any]:
+    """What local ranks measure that are started for it."""
     with tempfile.TemporaryDirectory(prefix="calibrate-") as logs:
         outcome = LocalRanks().run(
             ranks,
             f"{__name__}:measure",
-            int(threads),
+            _threads(ranks),
             logs=Path(logs),
             timeout=TIMEOUT,
         )
     if isinstance(outcome, Failure):
         raise UserError(f"--calibrate: {outcome.mistake or outcome.summary}\n{outcome.details}")
     assert isinstance(outcome, dict)
-    text = yaml_text.dump(Hardware.model_validate(outcome).model_dump())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--calibrate: {path} cannot be written: {error.strerror}") from None
-    return f"{text}\nwritten to {path}"
+    return outcome
+
+
+def _threads(ranks: int) -> int:
+    """Of each of `ranks` processes that share this machine."""
+    cores = len(os.sched_getaffinity(0))
+    return int(os.environ.get(THREADS) or max(1, cores // ranks))
 
 
 def measure(threads: int) -> dict[str, Any]:
     """On every rank, all at the same time; the slowest counts."""
     torch.set_num_threads(threads)
     with distributed(timedelta(seconds=TIMEOUT)) as device:
-        best, typical = _product_rates(device)
-        link = _link(device)
-        shared = dist.get_world_size()
+        precisions = ("bf16", "fp32") if device.is_cuda else ("fp32",)  # a CPU's bf16 is for tests
+        rates = {name: _product_rates(device, DTYPES[name]) for name in precisions}
+        best, typical = rates[precisions[0]]
+        local = local_size_from_environment()
+        node, across = link_groups(local)
+        intra = _link(device, node)
         return {
             "name": MEASURED,
             "device": "cuda" if device.is_cuda else "cpu",
-            "devices_per_node": shared,
-            "flops": {"fp32": best} | ({"bf16": best} if device.is_cuda else {}),
+            "devices_per_node": local,
+            "flops": {name: peak for name, (peak, _) in rates.items()},
             "achievable": min(1.0, typical / best),
-            "memory": _memory(device, shared),
+            "layer_overhead": _layer_overhead(device),
+            "memory": _memory(device, local),
             "memory_bandwidth": _memory_bandwidth(device),
             "reserved_memory": 0,
             "fragmentation": 0.05,
-            "intra_node": link.model_dump(),
-            "inter_node": link.model_dump(),
+            "intra_node": intra.model_dump(),
+            "inter_node": (_link(device, across) if across.size() > 1 else intra).model_dump(),
         }
 
 
-def _product_rates(device: Device) -> tuple[float, float]:
-    """Operations per second of fp32 products: at the best size, and as a mean of all sizes."""
+def link_groups(local: int) -> tuple[ProcessGroup, ProcessGroup]:
+    """The ranks of this rank's node, and those in its place on the others: groups of an axis share
+    the links of a node, as they do in a run."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    nodes = [list(range(first, first + local)) for first in range(0, world, local)]
+    places = [list(range(place, world, local)) for place in range(local)]
+    own: list[ProcessGroup] = []
+    for ranks in (*nodes, *places):
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            assert isinstance(group, ProcessGroup)
+            own.append(group)
+    node, across = own
+    return node, across
+
+
+def _product_rates(device: Device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations per second of products: at the best size, and as a mean of all sizes."""
     rates = []
     for width in PRODUCTS:
-        a, b = (torch.rand(width, width, device=device.torch_device) for _ in range(2))
+        a, b = (torch.rand(width, width, device=device.torch_device).to(dtype) for _ in range(2))
         rates.append(2 * width**3 / _seconds(device, lambda a=a, b=b: a @ b))
     return max(rates), sum(rates) / len(rates)
+
+
+def _layer_overhead(device: Device) -> float:
+    """From models of so few tokens that little else is done, of which one is deeper."""
+    # Imported here because the libraries below pick their accelerator when they are imported.
+    from uoe_parallel.model.language_model import LanguageModel
+
+    def config(layers: int) -> RunConfig:
+        model = {"num_layers": layers, "hidden_size": 32, "ffn_size": 64, "num_heads": 8}
+        return RunConfig.model_validate(
+            {
+                "run_dir": "",
+                "model": model | {"sequence_length": 32},
+                "feed_forward": {"top_k": 2},
+                "attention": {"routed_layers": "all", "top_k": 2},
+                "data": {"train": ""},
+                "training": {
+                    "steps": 1,
+                    "global_batch_size": 1,
+                    "micro_batch_size": 1,
+                    "learning_rate": 1.0,
+                },
+            }
+        )
+
+    groups = start_groups(ParallelLayout.from_config(ParallelConfig(), dist.get_world_size()))
+    backend, _ = pick_backend(device.torch_device, torch.float32, "auto", groups.world)
+    tokens_BS = torch.zeros(1, 32, dtype=torch.int64, device=device.torch_device)
+
+    def seconds(layers: int) -> float:
+        model = LanguageModel(
+            config(layers), groups, vocab_size=8, used_vocab_size=8, backend=backend
+        ).to(device.torch_device)
+        return _seconds(device, lambda: model(tokens_BS, tokens_BS).sum().backward())
+
+    few, many = LAYERS
+    return max(0.0, seconds(many) - seconds(few)) / (many - few)
 
 
 def _memory_bandwidth(device: Device) -> float:
@@ -96,15 +181,15 @@ def _memory_bandwidth(device: Device) -> float:
     return 2 * COPIED / _seconds(device, lambda: target.copy_(source))
 
 
-def _link(device: Device) -> Link:
-    """From all-reduces, as `time.transfer_seconds` counts them."""
-    size = dist.get_world_size()
+def _link(device: Device, group: ProcessGroup) -> Link:
+    """From all-reduces of all groups of an axis at once, as `time.transfer_seconds` counts them."""
+    size = group.size()
     if size == 1:
         return Link(bandwidth=_memory_bandwidth(device), latency=0.0)
 
     def seconds(payload: int) -> float:
         numbers = torch.zeros(payload // 4, device=device.torch_device)
-        return _seconds(device, lambda: dist.all_reduce(numbers))
+        return _seconds(device, lambda: dist.all_reduce(numbers, group=group))
 
     hops, small, large = 2 * (size - 1), seconds(SMALL), seconds(LARGE)
     moved = hops / size * (LARGE - SMALL)

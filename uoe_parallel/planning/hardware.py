@@ -59,6 +59,9 @@ class Hardware(Section):
     """Bytes that libraries take before the first tensor: CUDA's context, NCCL's buffers."""
     fragmentation: float = Field(ge=0, lt=1)
     """Allowance for what an allocator holds and can't use, as a share of what is allocated."""
+    layer_overhead: NonNegativeFloat
+    """Seconds that the host takes to queue the forward and backward pass of a layer with both
+    blocks routed, however few its tokens."""
     intra_node: Link
     inter_node: Link
 

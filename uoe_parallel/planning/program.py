@@ -12,6 +12,7 @@ from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.device import use_device
+from uoe_parallel.parallel.groups import rank_from_environment
 from uoe_parallel.planning.hardware import MEASURED, Hardware, known_machines, load_hardware
 from uoe_parallel.verification.report import write_json
 
@@ -70,14 +71,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="measure this machine, for --gpu this_machine",
+        help="measure this machine, or under a launcher all its nodes, for --gpu this_machine",
     )
     parser.add_argument(
         "--ranks",
         type=_positive,
         default=2,
         metavar="N",
-        help="with --calibrate: processes that share this machine (default: 2)",
+        help="with --calibrate and no launcher: processes that share this machine (default: 2)",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.calibrate == (options.config is not None):
@@ -92,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.calibrate:
             from uoe_parallel.planning.calibrate import calibrate
 
-            print(calibrate(options.ranks))
+            text = calibrate(options.ranks)
+            if rank_from_environment() == 0:
+                print(text)
         else:
             _plan(options)
     except UserError as error:

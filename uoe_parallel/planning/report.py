@@ -19,7 +19,7 @@ from uoe_parallel.planning.variants import Found
 ASSUMPTIONS = """\
 Assumed: even routes; products at {achievable:.0%} of the peak and everything else bound by memory;
 rings, trees and pairwise exchanges over links of full bandwidth; nothing hidden behind compute but
-ZeRO 3's gathering; a host that queues work fast enough. planning/time.py states it all."""
+ZeRO 3's gathering; {overhead:.3g} ms of the host for a layer. planning/time.py states it all."""
 SHOWN = 10
 """Layouts of a search that the table has; JSON has all."""
 _PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "dispatch", "working")
@@ -58,7 +58,7 @@ def print_plan(plan: Plan) -> None:
         _table(
             "Stages",
             "stage, RANK, LAYERS, PARAMETERS, DEVICE NEEDS, PRODUCTS, BY MEMORY, SENDING, HIDDEN, "
-            "STEP'S END",
+            "HOST, STEP'S END",
             [_stage(plan, stage) for stage in plan.stages],
         ),
         _table("Step", "what, ESTIMATE", _step(plan)),
@@ -67,7 +67,9 @@ def print_plan(plan: Plan) -> None:
         console.print()
         console.print(table)
     console.print()
-    console.print(ASSUMPTIONS.format(achievable=plan.hardware.achievable))
+    hardware = plan.hardware
+    overhead = 1e3 * hardware.layer_overhead
+    console.print(ASSUMPTIONS.format(achievable=hardware.achievable, overhead=overhead))
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -188,7 +190,10 @@ def _stage(plan: Plan, stage: StagePlan) -> Sequence[str]:
         str(len(stage.layers)),
         f"{stage.parameters:,}",
         in_bytes(plan.hardware.needed(stage.memory.peak)),
-        *map(_seconds, (time.products, time.memory, time.communication, time.hidden)),
+        *map(
+            _seconds,
+            (time.products, time.memory, time.communication, time.hidden, time.host),
+        ),
         _seconds(time.step_end),
     )
 

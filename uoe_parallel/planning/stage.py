@@ -17,6 +17,7 @@ from uoe_parallel.analysis.transfer import Transfer, group_ranks
 from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_work, worst_work
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
+from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -169,12 +170,20 @@ class Rank:
             computations=self.computations,
             kept=self.stage.once(self.stage.activations, plain).kept.total,
             weights=rules.element * self.stage.parameters,
+            layers=queued_layers(self.model),
             states=self.states,
             traffic=self.traffic,
             micro_batches=micro_batches(self.config, self.model.groups.layout),
             overlaps=bool(rules.zero.overlap_comm),
         )
         return stage_time(work, self.stage.routes, self.hardware, self.config.training.precision)
+
+
+def queued_layers(model: LanguageModel) -> float:
+    """What a host has to queue for a stage's layers, in layers with both blocks routed: of dense
+    blocks about a quarter of the operations."""
+    blocks = [b for layer in model.layers.values() for b in (layer.attention, layer.feed_forward)]
+    return sum(0.5 if isinstance(block, RoutedBlock) else 0.125 for block in blocks)
 
 
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:

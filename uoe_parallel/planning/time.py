@@ -6,7 +6,9 @@ Assumed is, of one device:
 - everything else is bound by memory: what the forward pass keeps is written once and read once, and
   so is its gradient, and the recomputed part of it comes twice; AdamW reads and writes its state
   and gradients once;
-- the host queues work faster than the device does it, and ranks wait for nobody: routes are even.
+- the host takes its own time to queue a layer's many small operations, however little they compute:
+  a GPU waits for it where that is longer than all of the above, a CPU is the host and does both;
+- ranks wait for nobody: routes are even.
 
 Of a collective:
 - a message takes latency + bytes / bandwidth of its link; ranks fill nodes one after the other;
@@ -106,7 +108,7 @@ def _pairwise(sent: float, route: Route) -> float:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one rank: the first four of each micro-batch, the others of each step."""
+    """Seconds of one rank: the first five of each micro-batch, the others of each step."""
 
     products: float
     memory: float
@@ -115,13 +117,15 @@ class StageTime:
     """That nothing hides."""
     hidden: float
     """Communication behind products."""
+    host: float
+    """That the device waits for its host to queue work."""
     after: float
     """Communication outside of the passes: of gradients, weights and small numbers."""
     optimizer: float
 
     @property
     def micro_batch(self) -> float:
-        return self.products + self.memory + self.communication
+        return self.products + self.memory + self.communication + self.host
 
     @property
     def step_end(self) -> float:
@@ -139,6 +143,8 @@ class Work:
     recomputed."""
     weights: int
     """Bytes of the stage's weights, as the passes use them."""
+    layers: float
+    """What a host queues, in layers with both blocks routed; see `queued_layers`."""
     states: ModelStates
     traffic: Sequence[Transfer]
     """Of a step."""
@@ -167,11 +173,16 @@ def stage_time(
     hidden = min(_seconds(zero, routes) / work.micro_batches, products)
     states = work.states
     stepped = 2 * (states.optimizer + states.gradients) + states.weights
+    memory = (6 if recomputes else 4) * work.kept / hardware.memory_bandwidth
+    busy = products + memory + seconds - hidden
+    # A forward pass is a third of what is queued.
+    queued = work.layers * hardware.layer_overhead * (4 / 3 if recomputes else 1)
     return StageTime(
         products=products,
-        memory=(6 if recomputes else 4) * work.kept / hardware.memory_bandwidth,
+        memory=memory,
         communication=seconds - hidden,
         hidden=hidden,
+        host=queued if hardware.device == "cpu" else max(0.0, queued - busy),
         after=_seconds((t for t in work.traffic if t.phase == "step"), routes),
         optimizer=stepped / hardware.memory_bandwidth,
     )

@@ -54,7 +54,6 @@ class Kind:
     """As `Event.axis`, but `STAGES` for sends, which only neighbouring stages need."""
     purpose: str
     phase: Phase
-    is_async: bool
 
     @classmethod
     def of(cls, event: Event, axis: str) -> Kind:
@@ -66,7 +65,6 @@ class Kind:
             axis=common_axis(axis, operation),
             purpose=str(event.purpose),
             phase=event.phase,
-            is_async=event.is_async,
         )
 
 
@@ -210,17 +208,15 @@ def _match(joined: Joined) -> None:
 
 def _split(joined: Joined, arrival: np.ndarray) -> None:
     """`arrival`: [N], when the last rank of the call came."""
-    events, is_async = joined.events, joined.of_kind("is_async")
+    events = joined.events
     alone = np.isin(joined.of_kind("operation"), ONE_SIDED) & (events["ended"] < arrival)
     arrival = np.where(alone, -np.inf, arrival)
     time = events["ended"] - events["started"]
     events["waiting"] = np.clip(arrival - events["started"], 0, time)
     events["moving"] = time - events["waiting"]
-    overlap = np.clip(events["waited"] - events["started"], 0, time)
-    events["hidden"] = np.where(is_async, overlap, 0)
-    begins = np.where(is_async, events["waited"], events["started"])
-    events["blocked"] = events["finished"] - begins
-    events["blocked_waiting"] = np.clip(arrival - begins, 0, events["blocked"])
+    events["hidden"] = np.clip(events["waited"] - events["started"], 0, time)
+    events["blocked"] = events["finished"] - events["waited"]
+    events["blocked_waiting"] = np.clip(arrival - events["waited"], 0, events["blocked"])
 
 
 def _key(prefix: str, ranks: Sequence[int]) -> int:

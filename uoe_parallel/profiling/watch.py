@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class _Wait:
     """Which one of its ranks, or of its direction, it is."""
     since: float = 0.0
     """Seconds of `time.monotonic`."""
-    work: Any = None
-    """Where it is a stream that waits for it and not its caller."""
+    passed: Any = None
+    """A mark after it, where it is a stream that waits for it and not its caller."""
 
     def __str__(self) -> str:
         call, ranks = self.call, ", ".join(map(str, self.call.ranks))
@@ -66,6 +66,10 @@ class Watch(Interception):
         self._has_streams = torch.cuda.is_available()
         self._reached: dict[tuple[int, ...] | str, int] = defaultdict(int)
         self._waiting: _Wait | None = None
+        """What the caller stands still for."""
+        self._queued: deque[_Wait] = deque()
+        """What the caller has gone on from, and its stream not yet, in the stream's order."""
+        self._queue_lock = threading.Lock()
         self._place = "before the first step"
         self._closed, self._ending = threading.Event(), threading.Event()
         self._threads = [
@@ -83,19 +87,26 @@ class Watch(Interception):
         self._reached[call.way] += 1
         return _Wait(call, self._reached[call.way])
 
-    def launched(self, note: _Wait, work: Any) -> None:
-        if self._has_streams:
-            note.work = work
-
     def waits(self, note: _Wait) -> None:
-        before = self._waiting
-        if before is None or before.work is None or before.work.is_completed():
-            note.since = time.monotonic()
-            self._waiting = note
+        note.since = time.monotonic()
+        self._waiting = note
 
     def waited(self, note: _Wait) -> None:
-        if note.work is None:
-            self._waiting = None
+        self._waiting = None
+        if self._has_streams:
+            # Not the work itself, which holds its tensors.
+            note.passed = torch.cuda.Event()
+            note.passed.record()
+            self._queued.append(note)
+
+    def _current(self) -> _Wait | None:
+        """What this rank waits for."""
+        with self._queue_lock:
+            while self._queued and self._queued[0].passed.query():
+                self._queued.popleft()
+                if self._queued:
+                    self._queued[0].since = time.monotonic()
+            return self._queued[0] if self._queued else self._waiting
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -155,14 +166,14 @@ class Watch(Interception):
 
     def _late(self, grace: float = 0.0) -> _Wait | None:
         """What waits beyond the limit, and `grace` seconds more."""
-        wait = self._waiting
+        wait = self._current()
         if wait is None or time.monotonic() - wait.since < self._limit + grace:
             return None
-        return None if wait.work is not None and wait.work.is_completed() else wait
+        return wait
 
     def _state(self, beat: int) -> dict[str, Any]:
         """How far this rank has come, and what it does."""
-        waiting = self._waiting
+        waiting = self._current()
         doing = "is in code of its own" if waiting is None else f"waits itself in {waiting}"
         reached = {str(way): count for way, count in self._reached.copy().items()}
         return {"beat": beat, "reached": reached, "doing": doing}
