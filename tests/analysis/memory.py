@@ -165,4 +165,4 @@ def first_stage_memory(
         work = expected_work(model, config)
         memories = [step_memory(model, config, work, n, on_cuda=on_cuda) for n in in_flight]
         kept = Activations(model, config, work, on_cuda=on_cuda).stage().kept
-        return memories, StateRules(model, config).model_states(), kept.total
+        return memories, StateRules(model, config).states, kept.total

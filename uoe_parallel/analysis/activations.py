@@ -8,13 +8,13 @@ router; what is smaller, such as a value per document, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from uoe_parallel.analysis.parts import Bytes, Part, Point, joined
+from uoe_parallel.analysis.parts import Bytes, Part, Point, StagePart, joined, stacked
 from uoe_parallel.analysis.work import BlockWork, Workload
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
@@ -79,37 +79,47 @@ class Activations:
         """Of the hidden states that lie on this rank between blocks."""
         return self.own_tokens * self.row
 
-    def stage(self) -> Part:
+    def stage(self) -> StagePart:
         """All of it."""
-        stage = joined(list(self._parts()))
+        stage = stacked(list(self._parts()))
         model = self.model
         if not (model.tied and model.embedding is not None and model.groups.is_last_stage):
             return stage
         # The head's gradient of a tied weight waits for the embedding's to be added.
         tied = self.element * sum(p.numel() for p in model.embedding.parameters())
-        waiting = Bytes(working=tied)
-        return replace(stage, points=[replace(p, held=p.held + waiting) for p in stage.points])
+        held = stage.points.held + Bytes(working=tied).numbers
+        return replace(stage, points=replace(stage.points, held=held))
 
     def _parts(self) -> Iterator[Part]:
         yield self._entry()
+        found: dict[tuple[Hashable, ...], Part] = {}
         for number, layer in self.model.layers.items():
             assert isinstance(layer, TransformerBlock)
-            blocks = [
-                self._block(f"layers.{number}.attention", layer.attention),
-                self._block(f"layers.{number}.feed_forward", layer.feed_forward),
-            ]
-            norms = layer.attention_norm, layer.feed_forward_norm
-            blocks = [
-                self._with_norm(block, list(norm.parameters()))
-                for block, norm in zip(blocks, norms, strict=True)
-            ]
-            if layer.recompute:
-                shard = self.shard
-                yield self._recomputed(joined(blocks), Bytes(shard), Bytes(working=shard))
-            else:
-                yield from blocks
+            # Layers with the same work are alike but for which kinds of blocks they have.
+            kind = *map(type, layer.children()), *map(id, self._work_of(number))
+            if kind not in found:
+                found[kind] = self._layer(layer, self._work_of(number))
+            yield found[kind]
         if self.model.groups.is_last_stage:
             yield self._head()
+
+    def _work_of(self, number: str) -> list[BlockWork | None]:
+        """Of a layer's blocks, None of dense ones."""
+        kinds = "attention", "feed_forward"
+        return [self.work.get(f"layers.{number}.{kind}") for kind in kinds]
+
+    def _layer(self, layer: TransformerBlock, work: Sequence[BlockWork | None]) -> Part:
+        blocks = layer.attention, layer.feed_forward
+        norms = layer.attention_norm, layer.feed_forward_norm
+        part = joined(
+            [
+                self._with_norm(self._block(block, of_block), list(norm.parameters()))
+                for block, of_block, norm in zip(blocks, work, norms, strict=True)
+            ]
+        )
+        if self.recompute != "full":
+            return part
+        return self._recomputed(part, Bytes(self.shard), Bytes(working=self.shard))
 
     def _entry(self) -> Part:
         """What the layers start from: embedded or received."""
@@ -155,11 +165,12 @@ class Activations:
             working=(2 if self.on_cuda else 5) * self.own_tokens * self.width * self.precise
         )
 
-    def _block(self, name: str, block: DenseBlock) -> Part:
+    def _block(self, block: DenseBlock, work: BlockWork | None) -> Part:
         """With what it keeps of its input."""
         experts = block.experts
         if isinstance(block, RoutedBlock):
-            return self._routed(block, self.work[name])
+            assert work is not None
+            return self._routed(block, work)
         part = (
             self._dense_feed_forward(experts)
             if isinstance(experts, UnionOfMLPExperts)
@@ -215,12 +226,14 @@ class Activations:
             else self._attention(experts, work)
         )
         rows = work.rows * self.row
-        keeps_rows = block.recompute or isinstance(experts, SelectiveMultiHeadAttention)
+        keeps_rows = self.recompute == "selective" or isinstance(
+            experts, SelectiveMultiHeadAttention
+        )
         if block.spreads_tokens:  # what was exchanged is there until the block is done
             passing = work.sent_rows * self.row + (0 if keeps_rows else rows)
             forward = arithmetic.forward + Bytes(dispatch=passing)
             arithmetic = replace(arithmetic, forward=forward)
-        if block.recompute:  # with the result and its gradient
+        if self.recompute == "selective":  # with the result and its gradient
             arithmetic = self._recomputed(arithmetic, Bytes(), Bytes(working=2 * rows))
         return joined([self._router(block), *self._dispatch(block, work, keeps_rows), arithmetic])
 

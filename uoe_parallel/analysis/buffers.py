@@ -5,19 +5,17 @@ By its own rules of each ZeRO stage, followed as in `reduction`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 
+import numpy as np
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
-from torch import nn
 
+from uoe_parallel.analysis.parts import Numbers, Points, elements
 from uoe_parallel.analysis.reduction import closed_at
 from uoe_parallel.analysis.states import StateRules
-from uoe_parallel.analysis.zero3 import most_gathered
-from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.sharding import is_wide
 
 _NORM = 8  # bytes of an fp64
@@ -31,68 +29,79 @@ class Held:
     buffers: int
 
 
-class StepBuffers(StateRules):
-    """Of a step of so many micro-batches."""
+class StepBuffers:
+    """Of a step."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, micro_batches: int) -> None:
-        super().__init__(model, config)
-        self.states = self.model_states()
-        self.is_accumulated = micro_batches > 1
-        """Whether a backward pass finds gradients of another one."""
-        self.params = list(model.parameters())
-        self.size = _size(self.params)
-        self.largest = max(param.numel() for param in self.params)
-        self.own = {param for group in self.parameter_groups for param in self.touched(group)}
+    def __init__(self, rules: StateRules, *, is_accumulated: bool) -> None:
+        """is_accumulated: whether a backward pass finds gradients of another one."""
+        self.rules = rules
+        self.is_accumulated = is_accumulated
+        self.size = elements(self.rules.params)
+        self.largest = max(param.numel() for param in self.rules.params)
+        self.own = {
+            param for group in self.rules.parameter_groups for param in self.rules.touched(group)
+        }
         """Parameters of which ZeRO 1 and 2 have something step here."""
         self.bucket = self._bucket()
-        gathered = most_gathered(self) if self.stage == 3 else (0, 0)
-        self.gathered_forward, self.gathered_backward = (self.element * n for n in gathered)
 
     def _bucket(self) -> int:
         """Bytes of what gradients are put together in, contiguous, before they are reduced."""
-        if self.stage == 0 or self.is_flat_bf16 or not self.zero.contiguous_gradients:
+        if (
+            self.rules.stage == 0
+            or self.rules.is_flat_bf16
+            or not self.rules.zero.contiguous_gradients
+        ):
             return 0
-        number = 2 if self.zero.overlap_comm and self.stage != 3 else 1
-        return number * int(self.zero.reduce_bucket_size) * self.element
+        number = 2 if self.rules.zero.overlap_comm and self.rules.stage != 3 else 1
+        return number * int(self.rules.zero.reduce_bucket_size) * self.rules.element
 
     def forward(self) -> Held:
         """While a forward pass goes on."""
-        if self.stage == 3:
-            return Held(self.states.gradients, self.bucket + self.gathered_forward)
+        if self.rules.stage == 3:
+            gathered = self.rules.gatherings
+            return Held(
+                self.rules.states.gradients,
+                self.bucket + self.rules.element * gathered.most_forward,
+            )
         return Held(self._before(), 0)
 
-    def backward(self, made: Sequence[nn.Parameter], making: Sequence[nn.Parameter]) -> Held:
-        """While a pass computes the gradients of `making`, those of `made` done."""
-        new, here = _size(making), _size(made)
-        if self.is_flat_bf16:
-            return Held(self._before() + self.element * (here + new), 4 * new)
-        of_new = self.element * (new + self._waiting(made))
-        is_full = here + new > self.zero.reduce_bucket_size
-        buffers = self.bucket + (self._sent if is_full and making else 0)
-        if self.stage == 3:
-            return Held(self.states.gradients + of_new, buffers + self.gathered_backward)
-        if self.stage == 2:
-            has_own = not self.own.isdisjoint(made)
-            return Held((self._reduced() if has_own else self._before()) + of_new, buffers)
+    def backward(self, points: Points) -> tuple[Numbers, Numbers]:
+        """Gradients and buffers, as in `Held`, at each point of a pass."""
+        new, here = points.making, points.made
+        if self.rules.is_flat_bf16:
+            return self._before() + self.rules.element * (here + new), 4 * new
+        # A last gradient that is too large for the bucket is reduced when the next one comes.
+        most = self.rules.zero.reduce_bucket_size
+        of_new = self.rules.element * (new + np.where(points.last > most, points.last, 0))
+        is_full = (here + new > most) & (new > 0)
+        buffers = self.bucket + np.where(is_full, self._sent, 0)
+        if self.rules.stage == 3:
+            gathered = self.rules.element * self.rules.gatherings.most_backward
+            return self.rules.states.gradients + of_new, buffers + gathered
+        if self.rules.stage == 2:
+            has_own = here > self._behind_own
+            return np.where(has_own, self._reduced(), self._before()) + of_new, buffers
         sums = self.size if self.is_accumulated else here
-        return Held(self.element * (sums + new), self.bucket if here else 0)
+        return self.rules.element * (sums + new), np.where(here > 0, self.bucket, 0)
 
     def optimizer(self) -> Iterator[Held]:
         """From the last backward pass to the next step."""
-        if self.is_flat_bf16:
-            sizes = map(self.padded_size, self.parameter_groups)
-            yield Held(self.states.gradients, 4 * _most_copied(sizes))
-            yield Held(self.states.gradients, _NORM * self.largest)
-        elif self.stage == 0:
+        if self.rules.is_flat_bf16:
+            sizes = map(self.rules.padded_size, self.rules.parameter_groups)
+            yield Held(self.rules.states.gradients, 4 * _most_copied(sizes))
+            yield Held(self.rules.states.gradients, _NORM * self.largest)
+        elif self.rules.stage == 0:
             yield from self._plain()
-        elif self.stage == 3:
+        elif self.rules.stage == 3:
             part = max(
-                max(closed_at(map(self.partition_size, group), self.zero.sub_group_size))
-                for group in self.parameter_groups
+                max(
+                    closed_at(map(self.rules.partition_size, group), self.rules.zero.sub_group_size)
+                )
+                for group in self.rules.parameter_groups
             )
-            yield Held(self.states.gradients, self.bucket + self._sent)
-            yield Held(self.states.gradients, self.bucket + 4 * part)
-        elif self.stage == 2:
+            yield Held(self.rules.states.gradients, self.bucket + self._sent)
+            yield Held(self.rules.states.gradients, self.bucket + 4 * part)
+        elif self.rules.stage == 2:
             yield Held(self._reduced(), self.bucket + self._sent)
             yield from self._partitioned()
         else:
@@ -101,63 +110,66 @@ class StepBuffers(StateRules):
 
     def _before(self) -> int:
         """Of gradients, as a pass finds them."""
-        if self.is_flat_bf16:
-            return self.states.gradients - self.element * self.size
-        return self.states.gradients if self.is_accumulated else 0
+        if self.rules.is_flat_bf16:
+            return self.rules.states.gradients - self.rules.element * self.size
+        return self.rules.states.gradients if self.is_accumulated else 0
 
     @cached_property
     def _own(self) -> int:
         """Elements of which ZeRO 2 keeps the gradients."""
-        return _size(self.own)
+        return sum(param.numel() for param in self.own)
 
-    def _waiting(self, made: Sequence[nn.Parameter]) -> int:
-        """Elements of the last gradient, if it is too large for the bucket: it is reduced when the
-        next one comes."""
-        last = made[-1].numel() if made else 0
-        return last if last > self.zero.reduce_bucket_size else 0
+    @cached_property
+    def _behind_own(self) -> int:
+        """Elements of the parameters behind the last own one."""
+        return elements(
+            list(takewhile(lambda param: param not in self.own, self.rules.params[::-1]))
+        )
 
     def _plain(self) -> Iterator[Held]:
         """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
-        kinds = [[p.numel() for p in self.params if is_wide(p) == wide] for wide in (False, True)]
-        copied = self.element * max(map(_most_copied, kinds))
-        if self.reduced_element != self.element:
+        kinds = [
+            [p.numel() for p in self.rules.params if is_wide(p) == wide] for wide in (False, True)
+        ]
+        copied = self.rules.element * max(map(_most_copied, kinds))
+        if self.rules.reduced_element != self.rules.element:
             runs = chain.from_iterable(closed_at(sizes, _AT_ONCE) for sizes in kinds)
-            copied += self.reduced_element * max(runs)
-        yield Held(self.states.gradients, copied)
-        masters = 4 * self.size if self.is_bf16 else 0
-        yield Held(self.states.gradients, masters + _NORM * self.largest)
+            copied += self.rules.reduced_element * max(runs)
+        yield Held(self.rules.states.gradients, copied)
+        masters = 4 * self.size if self.rules.is_bf16 else 0
+        yield Held(self.rules.states.gradients, masters + _NORM * self.largest)
 
     def _partitioned(self) -> Iterator[Held]:
         """ZeRO 1 and 2: own gradients are flattened group by group."""
-        part = max(map(self.part_size, self.parameter_groups))
-        own = self.states.gradients if self.is_bf16 else self.element * self._own
-        yield Held(own, 0 if self.is_bf16 else 4 * part)
+        part = max(map(self.rules.part_size, self.rules.parameter_groups))
+        own = self.rules.states.gradients if self.rules.is_bf16 else self.rules.element * self._own
+        yield Held(own, 0 if self.rules.is_bf16 else 4 * part)
         yield Held(own, _NORM * self.largest)
 
     def _all_reduced(self) -> Held:
         """ZeRO 1 after the last backward pass: gradients move to the bucket, own ones to a copy."""
-        in_bucket = min(self.size, int(self.zero.reduce_bucket_size))
+        in_bucket = min(self.size, int(self.rules.zero.reduce_bucket_size))
         rest = self.size - in_bucket
         own = self._own if rest else 0
-        gradients = self.element * (rest + own)
-        return Held(gradients, self.bucket + max(self._sent, self.element * in_bucket))
+        gradients = self.rules.element * (rest + own)
+        return Held(gradients, self.bucket + max(self._sent, self.rules.element * in_bucket))
 
     def _reduced(self) -> int:
         """Bytes of gradients under ZeRO 2 once a pass has some of this rank's own: those of bf16
         are added to where they stay, others come beside the sums of the passes before."""
-        if self.is_bf16:
-            return self.states.gradients
-        return self._before() + self.element * self._own
+        if self.rules.is_bf16:
+            return self.rules.states.gradients
+        return self._before() + self.rules.element * self._own
 
     @cached_property
     def _sent(self) -> int:
         """Bytes of the copy of a bucket that is reduced, in the type of its own that it may have:
         parts for one rank after the other, where there are several ranks."""
-        if max(map(self.replicas, self.params)) == 1:
+        if max(map(self.rules.replicas, self.rules.params)) == 1:
             return 0
-        cast = self.reduced_element if self.reduced_element != self.element else 0
-        copies = 2 * cast if cast and self.stage == 3 else cast + self.element
-        return copies * min(self.size, int(self.zero.reduce_bucket_size))
+        cast = self.rules.reduced_element if self.rules.reduced_element != self.rules.element else 0
+        copies = 2 * cast if cast and self.rules.stage == 3 else cast + self.rules.element
+        return copies * min(self.size, int(self.rules.zero.reduce_bucket_size))
 
 
 _AT_ONCE = MEMORY_OPT_ALLREDUCE_SIZE + 1
@@ -174,7 +186,3 @@ def _most_copied(sizes: Iterable[int]) -> int:
         if total >= _AT_ONCE:
             total = number = 0
     return most
-
-
-def _size(params: Iterable[nn.Parameter]) -> int:
-    return sum(map(nn.Parameter.numel, params))

@@ -213,18 +213,28 @@ class _Passes:
         return self.length * self.sequences
 
     def all(self, work: Workload) -> Iterator[Computation]:
+        alike: dict[tuple[str, int], list[tuple[DenseBlock, BlockWork | None]]] = defaultdict(list)
         for number, layer in self.model.layers.items():
             assert isinstance(layer, TransformerBlock)
             for kind, block in (
                 ("attention", layer.attention),
                 ("feed_forward", layer.feed_forward),
             ):
-                if isinstance(block, RoutedBlock):
-                    yield from self._routers(block)
-                    yield from self._routed(block, work[f"layers.{number}.{kind}"])
-                else:
-                    yield from self._dense(block)
+                # Blocks of a kind with one and the same work, or none, multiply alike.
+                of_block = work.get(f"layers.{number}.{kind}")
+                alike[kind, id(of_block)].append((block, of_block))
+        for blocks in alike.values():
+            for computation in self._block(*blocks[0]):
+                yield replace(computation, flops=computation.flops * len(blocks))
         yield from self._head()
+
+    def _block(self, block: DenseBlock, work: BlockWork | None) -> Iterator[Computation]:
+        if isinstance(block, RoutedBlock):
+            assert work is not None
+            yield from self._routers(block)
+            yield from self._routed(block, work)
+        else:
+            yield from self._dense(block)
 
     def _products(self, purpose: str, flops: int, *, again: bool) -> Iterator[Computation]:
         """Of a matrix product, whose backward pass has one for the gradient of each factor."""

@@ -11,10 +11,12 @@ from torch import nn
 
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.buffers import Held, StepBuffers
-from uoe_parallel.analysis.parts import Bytes, Part
+from uoe_parallel.analysis.parts import Bytes, StagePart
+from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.traffic import micro_batches
 from uoe_parallel.analysis.work import Workload
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.model.block import DenseBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel
 
@@ -62,21 +64,23 @@ def step_memory(
     micro_batches_in_flight: int | None = None,
     *,
     on_cuda: bool = True,
-    stage: Part | None = None,
+    stage: StagePart | None = None,
+    rules: StateRules | None = None,
 ) -> StepMemory:
     """Of training `model`, a rank's stage as it is before DeepSpeed gets it, on meta too.
 
     work: of each of its routed blocks in one micro-batch. micro_batches_in_flight: whose
     activations are held at a time; None for those of DeepSpeed's schedule (1F1B). on_cuda: whether
-    it runs on a GPU, whose kernels keep less than a CPU's. stage: what `Activations`
-    has for the same, if that is known.
+    it runs on a GPU, whose kernels keep less than a CPU's. stage, rules: what `Activations` and
+    `StateRules` have for the same, if that is known.
     """
     number = micro_batches(config, model.groups.layout)
     if micro_batches_in_flight is None:
         micro_batches_in_flight = min(model.groups.pipe.size() - model.groups.stage, number)
     stage = stage or Activations(model, config, work, on_cuda=on_cuda).stage()
     others = stage.kept.times(micro_batches_in_flight - 1)
-    rules = StepBuffers(model, config, number)
+    rules = rules or StateRules(model, config)
+    buffers = StepBuffers(rules, is_accumulated=number > 1)
     always = _messages(model, config, rules.element, micro_batches_in_flight)
 
     def moment(name: Moment, held: Bytes, of_deepspeed: Held) -> StepMemory:
@@ -91,12 +95,13 @@ def step_memory(
             working=held.working,
         )
 
-    moments = [moment("forward", others + stage.forward, rules.forward())]
-    moments += [
-        moment("backward", others + point.held, rules.backward(point.made, point.making))
-        for point in stage.points
-    ]
-    moments += [moment("optimizer", Bytes(), held) for held in rules.optimizer()]
+    moments = [moment("forward", others + stage.forward, buffers.forward())]
+    gradients, buffered = buffers.backward(stage.points)
+    most = int((stage.points.held.sum(axis=1) + gradients + buffered).argmax())
+    of_passes = others + Bytes(*stage.points.held[most].tolist())
+    of_deepspeed = Held(int(gradients[most]), int(buffered[most]))
+    moments.append(moment("backward", of_passes, of_deepspeed))
+    moments += [moment("optimizer", Bytes(), held) for held in buffers.optimizer()]
     return max(moments, key=lambda moment: moment.peak)
 
 
@@ -109,7 +114,7 @@ def _messages(
     tokens = config.training.micro_batch_size * config.model.sequence_length
     whole = tokens * config.model.hidden_size * element
     shard = whole // model.num_shards
-    gathers = any(isinstance(module, ColumnParallelLinear) for module in _dense(model))
+    gathers = any(map(_gathers, _outside_of_routed(model)))
     size = whole if model.sequence_parallel and gathers else 0
     if groups.pipe.size() == 1:
         return size
@@ -123,7 +128,14 @@ def _messages(
     return size
 
 
-def _dense(model: LanguageModel) -> Iterator[nn.Module]:
-    """Modules outside of routed blocks."""
-    routed = {m for block in model.routed_blocks().values() for m in block.modules()}
-    return (module for module in model.modules() if module not in routed)
+def _outside_of_routed(model: LanguageModel) -> Iterator[nn.Module]:
+    """What has linears and is no routed block."""
+    if model.head is not None:
+        yield model.head
+    for layer in model.layers.values():
+        yield from (block for block in layer.children() if type(block) is DenseBlock)
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether it has a linear that gathers the tokens of all shards."""
+    return any(isinstance(part, ColumnParallelLinear) for part in module.modules())

@@ -16,40 +16,38 @@ from torch import nn
 
 from uoe_parallel.analysis.states import StateRules, spans
 from uoe_parallel.analysis.transfer import Transfer, times
-from uoe_parallel.analysis.zero3 import gatherings
-from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.parallel.sharding import is_wide
 
 _NORM = 8  # bytes of an fp64
 
 
-def gradient_traffic(
-    model: LanguageModel, config: RunConfig, micro_batches: int
-) -> Iterator[Transfer]:
+def gradient_traffic(rules: StateRules, micro_batches: int) -> Iterator[Transfer]:
     """From the gradients of this rank's stage to the weights of the next step."""
-    rules = _Rules(model, config)
-    yield from rules.tied_embedding()
+    traffic = _Traffic(rules)
+    yield from traffic.tied_embedding()
     if rules.stage == 3:
-        yield from times(rules.zero3_pass(), micro_batches)
-        yield from rules.zero3_step()
+        yield from times(traffic.zero3_pass(), micro_batches)
+        yield from traffic.zero3_step()
         return
-    reduced = list(rules.reduced_gradients())
+    reduced = list(traffic.reduced_gradients())
     yield from times(reduced, micro_batches if rules.stage == 2 else 1)
-    yield from rules.checks()
+    yield from traffic.checks()
     yield Transfer(Purpose.GRADIENT_NORM, "step", "world", "all_reduce", 1, _NORM)
-    yield from rules.gathered_weights()
+    yield from traffic.gathered_weights()
 
 
-class _Rules(StateRules):
-    """The traffic that follows."""
+class _Traffic:
+    """That follows from the rules."""
+
+    def __init__(self, rules: StateRules) -> None:
+        self.rules = rules
 
     def tied_embedding(self) -> Iterator[Transfer]:
-        model = self.model
-        if not model.tied or model.embedding is None or self.groups.pipe.size() == 1:
+        model = self.rules.model
+        if not model.tied or model.embedding is None or self.rules.groups.pipe.size() == 1:
             return
-        element = 4 if self.is_flat_bf16 and self.stage == 1 else self.element
+        element = 4 if self.rules.is_flat_bf16 and self.rules.stage == 1 else self.rules.element
         payload = model.embedding.tokens.weight.numel() * element
         purpose = Purpose.TIED_EMBEDDING
         yield Transfer(purpose, "step", "tied_stages", "all_reduce", 1, payload)
@@ -57,29 +55,31 @@ class _Rules(StateRules):
     def reduced_gradients(self) -> Iterator[Transfer]:
         """One reduction of all gradients without ZeRO and with its first two stages."""
         for wide in (False, True):
-            if self.is_flat_bf16:
-                groups = [g for g in self.parameter_groups if is_wide(g[0]) == wide]
-                sizes = closed_at(map(self.padded_size, groups), MEMORY_OPT_ALLREDUCE_SIZE + 1)
-            elif self.stage == 0:
-                params = [p for p in self.model.parameters() if is_wide(p) == wide]
+            if self.rules.is_flat_bf16:
+                groups = [g for g in self.rules.parameter_groups if is_wide(g[0]) == wide]
+                sizes = closed_at(
+                    map(self.rules.padded_size, groups), MEMORY_OPT_ALLREDUCE_SIZE + 1
+                )
+            elif self.rules.stage == 0:
+                params = [p for p in self.rules.params if is_wide(p) == wide]
                 sizes = closed_at((p.numel() for p in params), MEMORY_OPT_ALLREDUCE_SIZE + 1)
             else:
                 sizes = self._bucketed(wide)
             yield from self._summed(sizes, wide)
 
     def _summed(self, sizes: Iterable[int], wide: bool) -> Iterator[Transfer]:
-        phase: Phase = "backward" if self.stage == 2 else "step"
+        phase: Phase = "backward" if self.rules.stage == 2 else "step"
         group = "expert_data" if wide else "data"
         for size in sizes:
-            payload = size * self.reduced_element
+            payload = size * self.rules.reduced_element
             yield Transfer(Purpose.GRADIENTS, phase, group, "all_reduce", 1, payload)
 
     def _bucketed(self, wide: bool) -> Iterator[int]:
         """Elements of the all-reduces of ZeRO 1 and 2: of each bucket, in each kind of group."""
-        params = [param for group in self.parameter_groups for param in group]
-        if self.stage == 2:
-            params = list(self.model.parameters())[::-1]
-        limit = self.zero.reduce_bucket_size
+        params = [param for group in self.rules.parameter_groups for param in group]
+        if self.rules.stage == 2:
+            params = self.rules.params[::-1]
+        limit = self.rules.zero.reduce_bucket_size
         for bucket in filled_up_to(params, limit):
             sizes = [param.numel() for param in bucket if is_wide(param) == wide]
             if sizes and sizes[0] > limit:  # then it is alone
@@ -88,19 +88,19 @@ class _Rules(StateRules):
 
     def _parts(self, param: nn.Parameter) -> list[int]:
         """A parameter's elements in each part of its group."""
-        (group,) = (g for g in self.parameter_groups if any(p is param for p in g))
-        each = self.part_size(group)
+        (group,) = (g for g in self.rules.parameter_groups if any(p is param for p in g))
+        each = self.rules.part_size(group)
         (start, stop), *_ = (span for p, span in spans(group) if p is param)
         cuts = [start, *range((start // each + 1) * each, stop, each), stop]
         return [b - a for a, b in pairwise(cuts)]
 
     def gathered_weights(self) -> Iterator[Transfer]:
         """Weights that each rank stepped its part of."""
-        if self.stage == 0 and not self.is_flat_bf16:
+        if self.rules.stage == 0 and not self.rules.is_flat_bf16:
             return
-        for params in self.parameter_groups:
+        for params in self.rules.parameter_groups:
             group = "expert_data" if is_wide(params[0]) else "data"
-            payload = self.part_size(params) * self.element
+            payload = self.rules.part_size(params) * self.rules.element
             yield Transfer(Purpose.WEIGHTS, "step", group, "all_gather", 1, payload)
 
     def checks(self) -> Iterator[Transfer]:
@@ -109,19 +109,19 @@ class _Rules(StateRules):
         def reduce(group: str, size: int) -> Transfer:
             return Transfer(Purpose.DEEPSPEED_CHECKS, "step", group, "all_reduce", 1, size)
 
-        if not self.is_bf16:
+        if not self.rules.is_bf16:
             return
-        wide = any(is_wide(params[0]) for params in self.parameter_groups)
-        if self.is_flat_bf16:
-            yield reduce("model" if self.groups.pipe.size() > 1 else "tensor", 4)
+        wide = any(is_wide(params[0]) for params in self.rules.parameter_groups)
+        if self.rules.is_flat_bf16:
+            yield reduce("model" if self.rules.groups.pipe.size() > 1 else "tensor", 4)
             if wide:
                 yield reduce("pipe", 4)
                 yield reduce("expert", 4)
-        elif self.stage == 0:
+        elif self.rules.stage == 0:
             if wide:
                 yield reduce("expert", 1)
             yield reduce("tensor", 1)
-            for params in self.parameter_groups:
+            for params in self.rules.parameter_groups:
                 if not is_wide(params[0]):
                     yield reduce("tensor", 4)
         else:
@@ -130,23 +130,25 @@ class _Rules(StateRules):
 
     def zero3_pass(self) -> Iterator[Transfer]:
         """One micro-batch under ZeRO 3: weights gathered for their modules, gradients scattered."""
-        for gathering in gatherings(self):
-            payload = sum(map(self.partition_size, gathering.params)) * self.element
+        for gathering in self.rules.gatherings.all:
+            payload = sum(map(self.rules.partition_size, gathering.params)) * self.rules.element
             yield Transfer(Purpose.WEIGHTS, gathering.phase, "data", "all_gather", 1, payload)
-        params = list(self.model.parameters())[::-1]
-        for bucket in filled_up_to(params, self.zero.reduce_bucket_size):
-            size = sum(self.partition_size(p) * self.replicas(p) for p in bucket)
-            payload = size * self.reduced_element
+        params = self.rules.params[::-1]
+        for bucket in filled_up_to(params, self.rules.zero.reduce_bucket_size):
+            size = sum(self.rules.partition_size(p) * self.rules.replicas(p) for p in bucket)
+            payload = size * self.rules.reduced_element
             yield Transfer(Purpose.GRADIENTS, "backward", "data", "reduce_scatter", 1, payload)
 
     def zero3_step(self) -> Iterator[Transfer]:
         """The end of a step under ZeRO 3: norms of the optimizer's groups, weights kept whole."""
-        for params in self.parameter_groups:
-            for _ in closed_at(map(self.partition_size, params), self.zero.sub_group_size):
+        for params in self.rules.parameter_groups:
+            for _ in closed_at(
+                map(self.rules.partition_size, params), self.rules.zero.sub_group_size
+            ):
                 yield Transfer(Purpose.GRADIENT_NORM, "step", "data", "all_reduce", 1, _NORM)
                 yield Transfer(Purpose.GRADIENT_NORM, "step", "tensor", "all_reduce", 1, _NORM)
-        for param in self.kept_whole():
-            payload = self.partition_size(param) * self.element
+        for param in self.rules.kept_whole():
+            payload = self.rules.partition_size(param) * self.rules.element
             yield Transfer(Purpose.KEPT_WEIGHTS, "step", "data", "all_gather", 1, payload)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.exchange import ExchangeSizes, sample_exchange
@@ -31,11 +34,13 @@ from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import LoopBackend
 from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
-from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.model.language_model import LanguageModel, LayerBuilder, TransformerBlock
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
 from uoe_parallel.parallel.sharding import Shard, is_wide, named_shards, partition_dim
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,39 @@ def build_stage(
             vocab_size=padded_vocab_size(vocab_size, config.model.vocab_multiple),
             used_vocab_size=vocab_size,
             backend=LoopBackend(),
+            build_layer=_Layers(config),
         )
+
+
+class _Layers:
+    """Builds layers without data: the first of a kind, and others as copies, which is faster."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.built: dict[tuple[bool, bool], TransformerBlock] = {}
+
+    def __call__(self, builder: LayerBuilder, layer: int) -> TransformerBlock:
+        kind = self.config.attention.routes(layer), self.config.feed_forward.routes(layer)
+        if kind in self.built:
+            return _twin(self.built[kind])
+        self.built[kind] = TransformerBlock(builder, layer)
+        return self.built[kind]
+
+
+def _twin(module: _Module) -> _Module:
+    """A copy with modules and parameters of its own; all else is the same."""
+    twin = copy(module)
+    twin._modules = {name: child and _twin(child) for name, child in module._modules.items()}
+    twin._parameters = {name: _alike(param) for name, param in module._parameters.items()}
+    return twin
+
+
+def _alike(param: nn.Parameter | None) -> nn.Parameter | None:
+    if param is None:
+        return None
+    alike = nn.Parameter(param)
+    vars(alike).update(vars(param))  # the marks of Megatron and DeepSpeed
+    return alike
 
 
 def simulate_world(
@@ -167,7 +204,7 @@ def simulate_world(
             micro_batches=micro_batches(config, layout),
             shapes=_shapes(model, config),
             parameters=parameter_places(model),
-            states=StateRules(model, config).model_states(),
+            states=StateRules(model, config).states,
             traffic=step_traffic(model, config, exchanges),
         )
 

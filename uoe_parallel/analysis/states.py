@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from uoe_parallel.analysis.zero3 import Gatherings, gatherings
 from uoe_parallel.config.deepspeed import deepspeed_config
-from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.sharding import replica_group
 from uoe_parallel.training.engine import DTYPES
@@ -45,8 +47,10 @@ class StateRules:
 
     def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         self.model = model
+        self.params = list(model.parameters())
         self.groups = model.groups
         self.stage = config.parallel.zero_stage
+        self.recompute: Recompute = config.training.recompute
         settings = deepspeed_config(config, model.groups.layout.data)
         self.zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
         dtype = DTYPES[config.training.precision]
@@ -94,7 +98,7 @@ class StateRules:
         """Parameters that ZeRO 3 finds too small to gather for every use."""
         kept: list[nn.Parameter] = []
         total = 0
-        for param in self.model.parameters():
+        for param in self.params:
             size = param.numel()
             if size > self.zero.param_persistence_threshold:
                 continue
@@ -103,13 +107,19 @@ class StateRules:
                 total += size
         return kept
 
-    def model_states(self) -> ModelStates:
+    @cached_property
+    def gatherings(self) -> Gatherings:
+        """Those of ZeRO 3."""
+        return gatherings(self.model, self.zero, self.kept_whole(), self.recompute)
+
+    @cached_property
+    def states(self) -> ModelStates:
         """Of this rank."""
-        whole = sum(param.numel() for param in self.model.parameters())
+        whole = sum(param.numel() for param in self.params)
         padded = sum(map(self.padded_size, self.parameter_groups))
         part = sum(map(self.part_size, self.parameter_groups))
         if self.stage == 3:
-            part = sum(map(self.partition_size, self.model.parameters()))
+            part = sum(map(self.partition_size, self.params))
             kept_whole = sum(param.numel() for param in self.kept_whole())
             return ModelStates(self.element * (part + kept_whole), 4 * part, _MASTERED * part)
         if self.is_flat_bf16:

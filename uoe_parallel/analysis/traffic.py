@@ -19,6 +19,7 @@ import torch
 
 from uoe_parallel.analysis.exchange import ExchangeSizes
 from uoe_parallel.analysis.reduction import gradient_traffic
+from uoe_parallel.analysis.states import StateRules
 from uoe_parallel.analysis.transfer import Transfer, group_sizes, merged, times
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.documents import Documents
@@ -37,9 +38,14 @@ micro-batch of the step."""
 _COUNT = 8  # bytes of an int64, and of an fp64
 
 
-def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) -> list[Transfer]:
+def step_traffic(
+    model: LanguageModel,
+    config: RunConfig,
+    exchanges: Exchanges,
+    rules: StateRules | None = None,
+) -> list[Transfer]:
     """What this rank sends in one step of training `model`, its stage: as it is before DeepSpeed
-    gets it, on meta too."""
+    gets it, on meta too. rules: of the same, if they are known."""
     number = micro_batches(config, model.groups.layout)
     passes = _Passes(model, config)
     transfers = chain(
@@ -48,7 +54,7 @@ def step_traffic(model: LanguageModel, config: RunConfig, exchanges: Exchanges) 
         _pipeline_loss(model, passes),
         passes.exchanged(exchanges, number),
         _moved_rules(model),
-        gradient_traffic(model, config, number),
+        gradient_traffic(rules or StateRules(model, config), number),
     )
     sizes = group_sizes(model.groups)
     return merged(t for t in transfers if sizes[t.group] > 1)
@@ -152,12 +158,15 @@ class _Passes:
         """What travels to experts and back, in all `number` micro-batches."""
         blocks = blocks_that_exchange(self.model)
         assert all(len(exchanges[name]) == number for name in blocks)
-        every = ((sizes, block) for name, block in blocks.items() for sizes in exchanges[name])
-        for (sizes, group, rank), alike in groupby(
-            (sizes, _name_of_experts(block), block.expert_group.rank()) for sizes, block in every
-        ):
-            transfers = self._repeated(self._exchange(sizes, group, rank))
-            yield from times(transfers, len(list(alike)))
+        kinds: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for name, block in blocks.items():
+            kinds[id(exchanges[name]), _name_of_experts(block)].append(name)
+        for (_, group), alike in kinds.items():
+            rank = blocks[alike[0]].expert_group.rank()
+            for _, equal in groupby(exchanges[alike[0]], key=id):
+                sizes, *others = equal
+                transfers = self._repeated(self._exchange(sizes, group, rank))
+                yield from times(transfers, len(alike) * (1 + len(others)))
 
     def _repeated(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
         """Of a layer, whose forward pass comes twice if it is recomputed."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from uoe_parallel.analysis.states import StateRules
+from uoe_parallel.config.schema import Recompute
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
-from uoe_parallel.model.language_model import TransformerBlock
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.purposes import Phase
+
+_RECOMPUTED: dict[Recompute, type[nn.Module] | None] = {
+    "none": None,
+    "selective": RoutedBlock,
+    "full": TransformerBlock,
+}
 
 
 @dataclass(frozen=True)
@@ -24,34 +32,48 @@ class Gathering:
     params: list[nn.Parameter]
 
 
-def gatherings(rules: StateRules) -> Iterator[Gathering]:
+@dataclass(frozen=True)
+class Gatherings:
+    """Of a micro-batch."""
+
+    all: list[Gathering]
+    most_forward: int
+    """The most elements of weights that are here at a time because they were gathered, in a forward
+    pass."""
+    most_backward: int
+    """In a backward pass."""
+
+
+def gatherings(
+    model: LanguageModel,
+    zero: DeepSpeedZeroConfig,
+    kept_whole: list[nn.Parameter],
+    recompute: Recompute,
+) -> Gatherings:
     """All of a micro-batch's forward and backward pass.
 
     Follows DeepSpeed's coordinator once it knows the order of modules. At a module's start it
     gathers what the module needs and misses, then, in order of use, what follows, up to the size
     of the prefetch bucket. At a module's end it lets go of its weights, unless they are used again
     within the reuse distance, or were here when it last looked ahead to a later use.
-    """
-    return _Coordinator(rules).run()
-
-
-def most_gathered(rules: StateRules) -> tuple[int, int]:
-    """The most elements of weights that are here at a time because they were gathered, in a forward
-    and in a backward pass.
 
     What is gathered together arrives in one piece, of which each weight gets a copy; the piece is
     kept until the last of them is used.
+
+    kept_whole: parameters that are not gathered for each use.
     """
-    coordinator = _Coordinator(rules)
+    coordinator = _Coordinator(model, zero, kept_whole, _RECOMPUTED[recompute])
+    found: list[Gathering] = []
     forward = backward = left = 0
     for gathering in coordinator.run():
+        found.append(gathering)
         piece = sum(param.numel() for param in gathering.params)
         most = coordinator.gathered + (piece if len(gathering.params) > 1 else 0)
         if gathering.phase == "forward":
             forward, left = max(forward, most), coordinator.gathered
         else:
             backward = max(backward, most)
-    return forward, max(backward, left)
+    return Gatherings(found, forward, max(backward, left))
 
 
 @dataclass(frozen=True)
@@ -64,14 +86,29 @@ class _Event:
 
 
 class _Coordinator:
-    def __init__(self, rules: StateRules) -> None:
-        model, self.zero = rules.model, rules.zero
-        self.kept_whole = set(rules.kept_whole())
+    def __init__(
+        self,
+        model: LanguageModel,
+        zero: DeepSpeedZeroConfig,
+        kept_whole: list[nn.Parameter],
+        recomputed: type[nn.Module] | None,
+    ) -> None:
+        self.zero = zero
+        self.kept_whole = set(kept_whole)
         self.number = {param: n for n, param in enumerate(model.parameters())}
         self.tied = model.embedding.tokens.weight if model.tied and model.embedding else None
-        self.events = [*_forward(model), *_backward(model)]
+        self.read: dict[nn.Module, list[nn.Parameter]] = {}
+        self.events = [*_forward(model), *_backward(model, recomputed)]
         starts = [event.module for event in self.events if event.is_start]
         self.trace = [self._params(module) for module in starts]
+        self.uses: dict[nn.Parameter, list[int]] = {param: [] for param in self.number}
+        """Steps at which each parameter is used."""
+        for step, params in enumerate(self.trace):
+            for param in params:
+                self.uses[param].append(step)
+        sizes = (sum(param.numel() for param in params) for params in self.trace)
+        self.used_before = list(accumulate(sizes, initial=0))
+        """Elements that all steps before each one use."""
         self.step = 0
         """Modules started so far."""
         self.queue = deque((p, step) for step, params in enumerate(self.trace) for p in params)
@@ -99,6 +136,11 @@ class _Coordinator:
 
     def _params(self, module: nn.Module) -> list[nn.Parameter]:
         """What a module's own code reads, in the model's order."""
+        if module not in self.read:
+            self.read[module] = self._read(module)
+        return self.read[module]
+
+    def _read(self, module: nn.Module) -> list[nn.Parameter]:
         params = set(module.parameters(recurse=False))
         others = []
         if isinstance(module, DenseBlock):
@@ -131,19 +173,22 @@ class _Coordinator:
         return wanted
 
     def _let_go(self, module: nn.Module) -> None:
-        used_soon: set[nn.Parameter] = set()
-        distance = 0
-        for params in self.trace[self.step :]:
-            if distance >= self.zero.max_reuse_distance:
-                break
-            used_soon.update(params)
-            distance += sum(param.numel() for param in params)
         for param in self._params(module):
             self.users[param].discard(module)
-            stays = param in used_soon or self.seen_use[param] > self.step
-            if param in self.here - self.kept_whole and not stays and not self.users[param]:
+            stays = self._used_soon(param) or self.seen_use[param] > self.step
+            leaves = param in self.here and param not in self.kept_whole
+            if leaves and not stays and not self.users[param]:
                 self.here.remove(param)
                 self.gathered -= param.numel()
+
+    def _used_soon(self, param: nn.Parameter) -> bool:
+        """Whether a step uses it with less than the reuse distance before that."""
+        uses = self.uses[param]
+        following = bisect_left(uses, self.step)
+        if following == len(uses):
+            return False
+        distance = self.used_before[uses[following]] - self.used_before[self.step]
+        return distance < self.zero.max_reuse_distance
 
 
 def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
@@ -158,15 +203,18 @@ def _forward(module: nn.Module, phase: Phase = "forward") -> Iterator[_Event]:
     yield _Event(phase, False, module)
 
 
-def _backward(module: nn.Module) -> Iterator[_Event]:
+def _backward(module: nn.Module, recomputed: type[nn.Module] | None) -> Iterator[_Event]:
+    """recomputed: modules that come forward once more."""
     if isinstance(module, nn.ModuleDict):
-        yield from chain.from_iterable(map(_backward, reversed(list(module.children()))))
+        for child in reversed(list(module.children())):
+            yield from _backward(child, recomputed)
         return
     yield _Event("backward", True, module)
     children = _called_by(module)
-    if isinstance(module, TransformerBlock | RoutedBlock) and module.recompute:
+    if recomputed is not None and isinstance(module, recomputed):
         yield from chain.from_iterable(_forward(child, "recompute") for child in children)
-    yield from chain.from_iterable(map(_backward, reversed(children)))
+    for child in reversed(children):
+        yield from _backward(child, recomputed)
     yield _Event("backward", False, module)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -223,9 +223,9 @@ class LanguageModel(nn.Module):
 
     Causal or bidirectional, and with the head that the config's task needs.
 
-    `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something.
-    Parameters have the same names whatever the stage: layers are numbered over the whole model. A
-    tied embedding is built on the first and on the last stage.
+    `vocab_size` is the padded size; `used_vocab_size` the number of ids that mean something;
+    `build_layer` makes the layer of a number. Parameters have the same names whatever the stage,
+    with layers numbered over the whole model. The first and the last have a tied embedding.
     """
 
     def __init__(
@@ -237,6 +237,7 @@ class LanguageModel(nn.Module):
         used_vocab_size: int,
         backend: Backend,
         dtype: torch.dtype = torch.float32,
+        build_layer: Callable[[LayerBuilder, int], TransformerBlock] = TransformerBlock,
     ) -> None:
         super().__init__()
         builder = LayerBuilder(config, groups, backend, dtype)
@@ -259,7 +260,7 @@ class LanguageModel(nn.Module):
         first, last = groups.is_first_stage, groups.is_last_stage
         self.embedding = Embedding(builder, vocab_size) if first or (last and self.tied) else None
         self.layers = nn.ModuleDict(
-            {str(n): TransformerBlock(builder, n) for n in self.stage_layers[groups.stage]}
+            {str(n): build_layer(builder, n) for n in self.stage_layers[groups.stage]}
         )
         self.final_norm = builder.norm() if last else None
         self.head = builder.head(vocab_size, used_vocab_size) if last else None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from uoe_parallel.analysis.activations import Activations
 from uoe_parallel.analysis.flops import Computation, micro_batch_flops
 from uoe_parallel.analysis.memory import StepMemory, step_memory
-from uoe_parallel.analysis.parts import Part
+from uoe_parallel.analysis.parts import StagePart
 from uoe_parallel.analysis.simulate import build_stage, simulated_groups
 from uoe_parallel.analysis.states import ModelStates, StateRules
 from uoe_parallel.analysis.traffic import micro_batches, step_traffic
@@ -18,7 +18,7 @@ from uoe_parallel.analysis.work import Workload, expected_exchanges, expected_wo
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.model.block import RoutedBlock
-from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.planning.hardware import Hardware
@@ -79,18 +79,19 @@ class Stage:
         work = self.once(expected_work, config)
         return micro_batch_flops(model, config, work, pads=not self.on_cuda)
 
-    def activations(self, model: LanguageModel, config: RunConfig) -> Part:
+    def activations(self, model: LanguageModel, config: RunConfig) -> StagePart:
         """Of a micro-batch."""
-        _set_recompute(model, config.training.recompute)
         work = self.once(expected_work, config)
         return Activations(model, config, work, on_cuda=self.on_cuda).stage()
 
     def rules(self, config: RunConfig) -> StateRules:
         """How DeepSpeed keeps its parameters, which its ZeRO stage decides."""
         zero_stage = config.parallel.zero_stage
-        if zero_stage not in self._found:
-            self._found[zero_stage] = StateRules(self.model, config)
-        return self._found[zero_stage]
+        # ZeRO 3 gathers weights for what is recomputed.
+        key = zero_stage, config.training.recompute if zero_stage == 3 else None
+        if key not in self._found:
+            self._found[key] = StateRules(self.model, config)
+        return self._found[key]
 
 
 def simulated_stage(
@@ -117,7 +118,7 @@ class Rank:
 
     @cached_property
     def states(self) -> ModelStates:
-        return self.stage.rules(self.config).model_states()
+        return self.stage.rules(self.config).states
 
     @cached_property
     def memory(self) -> StepMemory:
@@ -145,9 +146,11 @@ class Rank:
         """With the routes that give this rank the most."""
         return self._memory(worst_work(self.model, self.config))
 
-    def _memory(self, work: Workload, stage: Part | None = None) -> StepMemory:
-        _set_recompute(self.model, self.config.training.recompute)
-        return step_memory(self.model, self.config, work, on_cuda=self.on_cuda, stage=stage)
+    def _memory(self, work: Workload, stage: StagePart | None = None) -> StepMemory:
+        rules = self.stage.rules(self.config)
+        return step_memory(
+            self.model, self.config, work, on_cuda=self.on_cuda, stage=stage, rules=rules
+        )
 
     @property
     def computations(self) -> list[Computation]:
@@ -157,10 +160,8 @@ class Rank:
     @cached_property
     def traffic(self) -> list[Transfer]:
         """Of a step."""
-        _set_recompute(self.model, self.config.training.recompute)
-        return step_traffic(
-            self.model, self.config, self.stage.once(expected_exchanges, self.config)
-        )
+        exchanges = self.stage.once(expected_exchanges, self.config)
+        return step_traffic(self.model, self.config, exchanges, self.stage.rules(self.config))
 
     @cached_property
     def time(self) -> StageTime:
@@ -183,18 +184,6 @@ def queued_layers(model: LanguageModel) -> float:
     blocks about a quarter of the operations."""
     blocks = [b for layer in model.layers.values() for b in (layer.attention, layer.feed_forward)]
     return sum(0.5 if isinstance(block, RoutedBlock) else 0.125 for block in blocks)
-
-
-def _set_recompute(model: LanguageModel, recompute: Recompute) -> None:
-    # Building a stage takes longer than everything that is asked of it.
-    for layer in model.layers.values():
-        assert isinstance(layer, TransformerBlock)
-        layer.recompute = recompute == "full"
-        for block in (layer.attention, layer.feed_forward):
-            experts: Any = block.experts
-            experts.recompute = recompute == "selective"
-            if isinstance(block, RoutedBlock):
-                block.recompute = experts.recompute
 
 
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
