@@ -12,7 +12,7 @@ from tests.tiny import tiny_config
 from uoe_parallel.config import yaml_text
 from uoe_parallel.config.load import load_config, save_config
 from uoe_parallel.parallel.layout import candidate_layouts
-from uoe_parallel.planning.search import Search
+from uoe_parallel.planning.search import SHORTLIST, Search
 
 CONFIG = tiny_config(
     training={"global_batch_size": 8, "micro_batch_size": 4},
@@ -58,6 +58,9 @@ def test_the_best_as_yaml_is_planned_as_it_was_found(ranks: Ranks, tmp_path: Pat
     for found in (search.best, *staged):
         planned = ranks(1).run(plan_alone, found.choice.of(CONFIG), 4, TIGHT)[0]
         assert planned.layout == found.layout
+        peak = max(stage.worst_memory.peak for stage in planned.stages)
+        if found in search.found[:SHORTLIST]:
+            assert search.worst[search.found.index(found)] == TIGHT.needed(peak)
         assert planned.time == found.time
         assert planned.needed == found.needed
 

@@ -20,8 +20,6 @@ ASSUMPTIONS = """\
 Assumed: even routes; products at {achievable:.0%} of the peak and everything else bound by memory;
 rings, trees and pairwise exchanges over links of full bandwidth; nothing hidden behind compute but
 ZeRO 3's gathering; {overhead:.3g} ms of the host for a layer. planning/time.py states it all."""
-SHOWN = 10
-"""Layouts of a search that the table has; JSON has all."""
 _PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "dispatch", "working")
 
 
@@ -93,10 +91,11 @@ def print_search(search: Search, seconds: float) -> None:
     refused = sum(entry.count for entry in search.refused.values())
     console.print(f"{len(search.found)} layouts fit, {refused} don't ({seconds:.1f} s)")
     if search.found:
-        title = f"The fastest {min(SHOWN, len(search.found))}"
-        header = "layout, MICRO-BATCH, recompute, SECONDS A STEP, BUBBLE, DEVICE NEEDS"
+        title = f"The fastest {len(search.worst)}"
+        header = "layout, MICRO-BATCH, recompute, A STEP, BUBBLE, DEVICE NEEDS, AT WORST ROUTES"
+        rows = map(_found, search.found, search.worst)
         console.print()
-        console.print(_table(title, header, map(_found, search.found[:SHOWN])))
+        console.print(_table(title, header, rows))
     console.print()
     rows = [
         (
@@ -124,6 +123,7 @@ def search_as_json(search: Search) -> dict[str, Any]:
             }
             for found in search.found
         ],
+        "worst": search.worst,
         "refused": {reason: asdict(entry) for reason, entry in search.refused.items()},
     }
 
@@ -208,7 +208,7 @@ def _step(plan: Plan) -> list[Sequence[str]]:
     ]
 
 
-def _found(found: Found) -> Sequence[str]:
+def _found(found: Found, worst: int) -> Sequence[str]:
     return (
         str(found.layout),
         str(found.choice.micro_batch_size),
@@ -216,6 +216,7 @@ def _found(found: Found) -> Sequence[str]:
         _seconds(found.time.seconds),
         f"{found.time.bubble:.1%}",
         in_bytes(found.needed),
+        in_bytes(worst),
     )
 
 

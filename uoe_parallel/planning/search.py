@@ -14,8 +14,11 @@ from uoe_parallel.parallel.layout import (
     with_parallel,
 )
 from uoe_parallel.planning.hardware import Hardware
-from uoe_parallel.planning.stage import Stage, representative_stages, simulated_stage
+from uoe_parallel.planning.stage import Rank, Stage, representative_stages, simulated_stage
 from uoe_parallel.planning.variants import Choice, Found, Misfit, fastest
+
+SHORTLIST = 10
+"""How many of the fastest layouts are looked at once more, under the worst routes."""
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Search:
 
     found: list[Found] = field(default_factory=list)
     """The fastest first, one for each layout."""
+    worst: list[int] = field(default_factory=list)
+    """Bytes of the fullest device at the worst routes, for each of the first `SHORTLIST`."""
     refused: dict[str, Refused] = field(default_factory=dict)
     """By reason."""
 
@@ -62,6 +67,11 @@ def search(config: RunConfig, world_size: int, hardware: Hardware) -> Search:
             else:
                 _refuse_misfit(result.refused, parallel, world_size, outcome)
     result.found.sort(key=lambda found: (found.time.seconds, str(found.layout)))
+    for found in result.found[:SHORTLIST]:
+        changed = found.choice.of(config)
+        stages = _stages(changed, found.choice.parallel, world_size, hardware)
+        peak = max(Rank(stage, changed).worst_memory.peak for stage in stages)
+        result.worst.append(hardware.needed(peak))
     return result
 
 

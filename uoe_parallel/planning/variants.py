@@ -46,7 +46,7 @@ class Found:
     choice: Choice
     time: StepTime
     needed: int
-    """Bytes of the fullest device."""
+    """Bytes of the fullest device, at the routes that are expected."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def fastest(
     that differs from it in the ZeRO stage alone.
 
     Larger micro-batches need no less memory. With as much recomputation, the time of a step is
-    (m + p - 1) (a + b x) for m = n / x micro-batches of x sequences, which is convex in x: once it
-    grows it goes on growing.
+    (m + p - 1) max(a + b x, h) for m = n / x micro-batches of x sequences, h of them the host's: it
+    falls while the host is what counts and is convex in x from there on, so that once it grows it
+    goes on growing.
     """
     best: Found | None = None
     last: Found | None = None
