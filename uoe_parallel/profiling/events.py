@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from uoe_parallel.parallel.purposes import Phase, Purpose
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One call of a collective on a group of two ranks or more.
 
     Times are seconds of this process's `time.perf_counter`. The caller was blocked from `waited`
     to `finished`, and the transfer was under way, or waited for the last rank, from `started` to
     `ended`: what lies between `started` and `waited` was hidden behind the caller's own work. Of a
-    blocking call `waited` is `started` and `ended` is `finished`.
+    blocking call `waited` is `started` and `ended` is `finished`. One that was over when the caller
+    came to wait for it ended then, as far as is known, or before.
     """
 
     operation: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,10 +25,9 @@ class _Note:
     step: int
     started: Any
     waited: Any = None
-    completed: float | None = None
-    """When its transfer was over, if something else was done meanwhile."""
     work: Any = None
-    """Of one that does not say when it completes."""
+    """Of an asynchronous one, that may be over before it is waited for."""
+    was_over: bool = False
 
 
 class Recorder(Interception):
@@ -55,24 +54,16 @@ class Recorder(Interception):
 
     def launched(self, note: _Note, work: Any) -> None:
         if note.call.is_async and self._stream is None:
-
-            def complete(_: object) -> None:
-                note.completed = time.perf_counter()
-
-            try:
-                work.get_future().add_done_callback(complete)
-            except RuntimeError:  # gloo's reduce-scatter has none
-                note.work = work
+            note.work = work
 
     def waits(self, note: _Note) -> None:
         note.waited = self._now() if note.call.is_async else note.started
-        if note.work is not None and note.work.is_completed():
-            note.completed = note.waited  # or before
+        # A callback when it completes would tell more, from a thread that stops this one for it.
+        note.was_over = note.work is not None and note.work.is_completed()
 
     def waited(self, note: _Note) -> None:
         call, finished = note.call, self._now()
-        # Its callback may come after the caller has gone on.
-        ended = finished if note.completed is None else min(note.completed, finished)
+        ended = note.waited if note.was_over else finished
         self.events.append(
             Event(
                 call.operation,
@@ -125,6 +116,6 @@ class StreamClock:
 
         names = ("started", "waited", "finished", "ended")
         return [
-            replace(event, **{name: seconds(getattr(event, name)) for name in names})
+            event._replace(**{name: seconds(getattr(event, name)) for name in names})
             for event in events
         ]
