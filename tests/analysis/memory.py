@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -43,17 +44,23 @@ class RealStep:
 
 def watched_steps(config: RunConfig) -> list[RealStep]:
     """The third and the fourth step of training."""
-    groups = start(config)
+    groups, device = start(config), use_device(0)
+    works: list[Workload] = []
+    on_cuda: list[int] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer = Trainer(config, groups, use_device(0), TrainingConsole(quiet=True))
+        trainer = Trainer(config, groups, device, TrainingConsole(quiet=True))
         for _ in range(2):
             trainer.train_step()
-        works: list[Workload] = []
         for _ in range(2):
+            if device.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
             with record_function(_WATCHED), _recorded_work() as recorded:
                 trainer.train_step()
             works.append(dict(zip(trainer.model.routed_blocks(), recorded, strict=False)))
-    return [RealStep(*step) for step in zip(_peaks(profiler), works, strict=True)]
+            if device.is_cuda:
+                on_cuda.append(device.peak_memory())
+    peaks = on_cuda or _peaks(profiler)
+    return [RealStep(*step) for step in zip(peaks, works, strict=True)]
 
 
 def _peaks(profiler: profile) -> list[int]:
@@ -136,7 +143,8 @@ def predict(config: RunConfig, works: list[list[Workload]]) -> list[list[StepMem
     for rank, steps in enumerate(works):
         with simulated_groups(ParallelLayout.from_config(config.parallel, world), rank) as groups:
             model = build_stage(config, groups)
-            predicted.append([step_memory(model, config, w, on_cuda=False) for w in steps])
+            on_cuda = torch.cuda.is_available()
+            predicted.append([step_memory(model, config, w, on_cuda=on_cuda) for w in steps])
     return predicted
 
 

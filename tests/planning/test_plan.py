@@ -58,6 +58,15 @@ def test_stages_that_differ_are_looked_at(planned: Plan) -> None:
     assert planned.fullest.memory.peak == max(stage.memory.peak for stage in planned.stages)
 
 
+def test_other_settings_are_told(planned: Plan) -> None:
+    fullest = planned.fullest
+    assert fullest.recomputing["none"] == fullest.memory
+    # A pipeline goes with no later stage of ZeRO.
+    assert fullest.by_zero_stage.keys() == {0, 1}
+    assert fullest.by_zero_stage[1] == fullest.memory
+    assert fullest.by_zero_stage[1].optimizer < fullest.by_zero_stage[0].optimizer
+
+
 def test_recomputation_and_routes_show_in_memory(planned: Plan) -> None:
     for stage in planned.stages:
         assert stage.memory == stage.recomputing["none"]

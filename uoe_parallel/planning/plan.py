@@ -17,7 +17,7 @@ from uoe_parallel.analysis.transfer import Transfer
 from uoe_parallel.config.faults import report
 from uoe_parallel.config.schema import Precision, RunConfig
 from uoe_parallel.errors import UserError
-from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
+from uoe_parallel.parallel.layout import ZERO_STAGES, ParallelLayout, layout_faults, why_not
 from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.stage import (
     RECOMPUTES,
@@ -26,6 +26,7 @@ from uoe_parallel.planning.stage import (
     simulated_stage,
     vocabulary,
     with_recompute,
+    with_zero_stage,
 )
 from uoe_parallel.planning.time import StageTime, StepTime, step_time
 
@@ -45,6 +46,8 @@ class StagePlan:
     """With those that give this rank the most rows."""
     recomputing: dict[str, StepMemory]
     """As `memory`, for each setting of training.recompute."""
+    by_zero_stage: dict[int, StepMemory]
+    """As `memory`, for each parallel.zero_stage that the layout goes with."""
     computations: list[Computation]
     """Of a micro-batch."""
     traffic: list[Transfer]
@@ -144,6 +147,7 @@ def _stage(config: RunConfig, layout: ParallelLayout, stage: int, hardware: Hard
     built = simulated_stage(config, layout, stage, hardware)
     ranks = {name: Rank(built, with_recompute(config, name)) for name in RECOMPUTES}
     rank = ranks[config.training.recompute]
+    zero = {n: with_zero_stage(config, n) for n in ZERO_STAGES}
     return StagePlan(
         stage=stage,
         rank=built.model.groups.rank,
@@ -152,6 +156,11 @@ def _stage(config: RunConfig, layout: ParallelLayout, stage: int, hardware: Hard
         memory=rank.memory,
         worst_memory=rank.worst_memory,
         recomputing={name: other.memory for name, other in ranks.items()},
+        by_zero_stage={
+            n: Rank(built, changed).memory
+            for n, changed in zero.items()
+            if why_not(changed, layout.world_size) is None
+        },
         computations=rank.computations,
         traffic=rank.traffic,
         group_sizes={name: route.size for name, route in built.routes.items()},

@@ -36,16 +36,27 @@ def print_plan(plan: Plan) -> None:
             "Memory of the fullest device", "part, EXPECTED ROUTES, WORST ROUTES", _memory(plan)
         ),
         _table(
+            "With another parallel.zero_stage",
+            "zero stage, WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, DEVICE NEEDS",
+            [
+                (
+                    _choice(str(number), number == plan.layout.zero_stage),
+                    *map(in_bytes, (m.weights, m.gradients, m.optimizer, m.buffers)),
+                    in_bytes(plan.hardware.needed(m.peak)),
+                )
+                for number, m in fullest.by_zero_stage.items()
+            ],
+        ),
+        _table(
             "With another training.recompute",
             "recompute, ACTIVATIONS, DISPATCH, DEVICE NEEDS",
             [
                 (
-                    f"{name} (this run)" if name == plan.recompute else name,
-                    in_bytes(memory.activations),
-                    in_bytes(memory.dispatch),
-                    in_bytes(plan.hardware.needed(memory.peak)),
+                    _choice(name, name == plan.recompute),
+                    *map(in_bytes, (m.activations, m.dispatch)),
+                    in_bytes(plan.hardware.needed(m.peak)),
                 )
-                for name, memory in fullest.recomputing.items()
+                for name, m in fullest.recomputing.items()
             ],
         ),
         _table(
@@ -68,6 +79,10 @@ def print_plan(plan: Plan) -> None:
     hardware = plan.hardware
     overhead = 1e3 * hardware.layer_overhead
     console.print(ASSUMPTIONS.format(achievable=hardware.achievable, overhead=overhead))
+
+
+def _choice(name: str, is_own: bool) -> str:
+    return f"{name} (this run)" if is_own else name
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_v
 from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.stages import stage_layers
-from uoe_parallel.parallel.layout import ParallelLayout
+from uoe_parallel.parallel.layout import ParallelLayout, with_parallel
 from uoe_parallel.planning.hardware import Hardware
 from uoe_parallel.planning.time import Route, StageTime, Work, stage_time
 
@@ -189,3 +189,7 @@ def queued_layers(model: LanguageModel) -> float:
 def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
     training = config.training.model_copy(update={"recompute": recompute})
     return config.model_copy(update={"training": training})
+
+
+def with_zero_stage(config: RunConfig, stage: int) -> RunConfig:
+    return with_parallel(config, config.parallel.model_copy(update={"zero_stage": stage}))
