@@ -29,14 +29,7 @@ def simulation_as_json(simulation: Simulation) -> dict[str, Any]:
 
 def print_simulation(simulation: Simulation, stream: TextIO | None = None) -> None:
     """Tables on `stream` or standard output, without control codes where that is no terminal."""
-    file = sys.stdout if stream is None else stream
-    terminal = file.isatty()
-    console = Console(
-        file=file,
-        force_terminal=terminal,
-        highlight=False,
-        width=None if terminal else LOG_FILE_WIDTH,
-    )
+    console = plain_console(stream)
     layout, layers = simulation.layout, simulation.layers
     console.print(
         f"Rank {simulation.rank} of {layout.world_size}, {layout}: layers {layers.start} to "
@@ -52,7 +45,15 @@ def print_simulation(simulation: Simulation, stream: TextIO | None = None) -> No
         console.print(table)
 
 
-def _table(title: str, header: str, rows: Iterable[Sequence[str]]) -> Table:
+def plain_console(stream: TextIO | None = None) -> Console:
+    """On `stream` or standard output, without control codes where that is no terminal."""
+    file = sys.stdout if stream is None else stream
+    terminal = file.isatty()
+    width = None if terminal else LOG_FILE_WIDTH
+    return Console(file=file, force_terminal=terminal, highlight=False, width=width)
+
+
+def plain_table(title: str, header: str, rows: Iterable[Sequence[str]]) -> Table:
     """`header`: titles of columns, those of numbers in capitals."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in header.split(", "):
@@ -70,7 +71,7 @@ def _groups(simulation: Simulation) -> Table:
         for name, ranks in simulation.groups.items()
         if len(ranks) > 1
     ]
-    return _table("Groups", "group, RANKS, PLACE, which", rows)
+    return plain_table("Groups", "group, RANKS, PLACE, which", rows)
 
 
 def _few(ranks: Sequence[int]) -> str:
@@ -93,7 +94,7 @@ def _parameters(places: Iterable[ParameterPlace]) -> Table:
         for place in places
     ]
     header = "parameter, here, of, at, cut over, averaged over"
-    return _table("Parameters", header, rows)
+    return plain_table("Parameters", header, rows)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -103,7 +104,9 @@ def _shape(shape: Sequence[int]) -> str:
 def _states(simulation: Simulation) -> Table:
     states = simulation.states
     rows = [(name, in_bytes(size)) for name, size in asdict(states).items()]
-    return _table("Held between steps", "state, SIZE", [*rows, ("total", in_bytes(states.total))])
+    return plain_table(
+        "Held between steps", "state, SIZE", [*rows, ("total", in_bytes(states.total))]
+    )
 
 
 def _traffic(simulation: Simulation) -> Table:
@@ -119,7 +122,9 @@ def _traffic(simulation: Simulation) -> Table:
         )
 
     header = "purpose, phase, group, operation, CALLS, PAYLOAD, OF IT TO ITSELF"
-    return _table("Put into collectives in an optimizer step", header, map(row, simulation.traffic))
+    return plain_table(
+        "Put into collectives in an optimizer step", header, map(row, simulation.traffic)
+    )
 
 
 def in_bytes(size: float) -> str:

@@ -20,11 +20,11 @@ from uoe_parallel.config import yaml_text
 from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import (
     distributed,
     local_size_from_environment,
-    rank_from_environment,
     start_groups,
     world_size_from_environment,
 )
@@ -54,30 +54,25 @@ def calibrate(ranks: int, path: Path = MEASURED_FILE) -> str:
     writes. Raises UserError if it can't be measured or written.
     """
     launched = world_size_from_environment() > 1
-    found = measure(_threads(local_size_from_environment())) if launched else _started(ranks)
-    text = yaml_text.dump(Hardware.model_validate(found).model_dump())
-    if rank_from_environment() == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--calibrate: {path} cannot be written: {error.strerror}") from None
+    threads = _threads(local_size_from_environment() if launched else ranks)
+    text = measure(threads, str(path)) if launched else _started(ranks, threads, path)
     return f"{text}\nwritten to {path}"
 
 
-def _started(ranks: int) -> dict[str, Any]:
-    """What local ranks measure that are started for it."""
+def _started(ranks: int, threads: int, path: Path) -> str:
+    """What `measure` returns of local ranks that are started for it."""
     with tempfile.TemporaryDirectory(prefix="calibrate-") as logs:
         outcome = LocalRanks().run(
             ranks,
             f"{__name__}:measure",
-            _threads(ranks),
+            threads,
+            str(path.absolute()),
             logs=Path(logs),
             timeout=TIMEOUT,
         )
     if isinstance(outcome, Failure):
-        raise UserError(f"--calibrate: {outcome.mistake or outcome.summary}\n{outcome.details}")
-    assert isinstance(outcome, dict)
+        raise UserError(outcome.mistake or f"--calibrate: {outcome.summary}\n{outcome.details}")
+    assert isinstance(outcome, str)
     return outcome
 
 
@@ -87,8 +82,9 @@ def _threads(ranks: int) -> int:
     return int(os.environ.get(THREADS) or max(1, cores // ranks))
 
 
-def measure(threads: int) -> dict[str, Any]:
-    """On every rank, all at the same time; the slowest counts."""
+def measure(threads: int, path: str) -> str:
+    """On every rank, all at the same time; the slowest counts. Rank 0 writes the profile to `path`,
+    and all return its text."""
     torch.set_num_threads(threads)
     with distributed(timedelta(seconds=TIMEOUT)) as device:
         precisions = ("bf16", "fp32") if device.is_cuda else ("fp32",)  # a CPU's bf16 is for tests
@@ -97,7 +93,7 @@ def measure(threads: int) -> dict[str, Any]:
         local = local_size_from_environment()
         node, across = link_groups(local)
         intra = _link(device, node)
-        return {
+        found = {
             "name": MEASURED,
             "device": "cuda" if device.is_cuda else "cpu",
             "devices_per_node": local,
@@ -111,6 +107,13 @@ def measure(threads: int) -> dict[str, Any]:
             "intra_node": intra.model_dump(),
             "inter_node": (_link(device, across) if across.size() > 1 else intra).model_dump(),
         }
+        text = yaml_text.dump(Hardware.model_validate(found).model_dump())
+        action = f"--calibrate: {path} cannot be written"
+        with shared_fate(action, "Run it where there is room to write", dist.group.WORLD):
+            if dist.get_rank() == 0:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_text(text, encoding="utf-8")
+        return text
 
 
 def link_groups(local: int) -> tuple[ProcessGroup, ProcessGroup]:

@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _plan(options)
     except UserError as error:
-        print(f"plan.py: {error}", file=sys.stderr, flush=True)
+        if rank_from_environment() == 0:
+            print(f"plan.py: {error}", file=sys.stderr, flush=True)
         return MISTAKEN
     except KeyboardInterrupt:
         print("plan.py: interrupted", file=sys.stderr, flush=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from uoe_parallel.analysis.memory import StepMemory
-from uoe_parallel.analysis.report import LOG_FILE_WIDTH, in_bytes
+from uoe_parallel.analysis.report import in_bytes, plain_console, plain_table
 from uoe_parallel.planning.plan import Plan, StagePlan
 from uoe_parallel.planning.search import Search
 from uoe_parallel.planning.variants import Found
@@ -25,17 +21,17 @@ _PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "dispat
 
 def print_plan(plan: Plan) -> None:
     """On standard output, without control codes where that is no terminal."""
-    console, fullest = _console(), plan.fullest
+    console, fullest = plain_console(), plan.fullest
     console.print(
         f"{plan.layout} on {plan.layout.world_size} x {plan.hardware.name}, {plan.precision}: "
         f"{plan.micro_batches} micro-batches a step"
     )
     tables = [
-        _table("Model", "what, TOTAL", _model(plan)),
-        _table(
+        plain_table("Model", "what, TOTAL", _model(plan)),
+        plain_table(
             "Memory of the fullest device", "part, EXPECTED ROUTES, WORST ROUTES", _memory(plan)
         ),
-        _table(
+        plain_table(
             "With another parallel.zero_stage",
             "zero stage, WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, DEVICE NEEDS",
             [
@@ -47,7 +43,7 @@ def print_plan(plan: Plan) -> None:
                 for number, m in fullest.by_zero_stage.items()
             ],
         ),
-        _table(
+        plain_table(
             "With another training.recompute",
             "recompute, ACTIVATIONS, DISPATCH, DEVICE NEEDS",
             [
@@ -59,18 +55,18 @@ def print_plan(plan: Plan) -> None:
                 for name, m in fullest.recomputing.items()
             ],
         ),
-        _table(
+        plain_table(
             "Sent in a step by a rank of the slowest stage",
             "purpose, phase, group, RANKS, operation, CALLS, PAYLOAD, OF IT TO ITSELF",
             _traffic(plan.slowest),
         ),
-        _table(
+        plain_table(
             "Stages",
             "stage, RANK, LAYERS, PARAMETERS, DEVICE NEEDS, PRODUCTS, BY MEMORY, SENDING, HIDDEN, "
             "HOST, STEP'S END",
             [_stage(plan, stage) for stage in plan.stages],
         ),
-        _table("Step", "what, ESTIMATE", _step(plan)),
+        plain_table("Step", "what, ESTIMATE", _step(plan)),
     ]
     for table in tables:
         console.print()
@@ -102,7 +98,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def print_search(search: Search, seconds: float) -> None:
     """As `print_plan`."""
-    console = _console()
+    console = plain_console()
     refused = sum(entry.count for entry in search.refused.values())
     console.print(f"{len(search.found)} layouts fit, {refused} don't ({seconds:.1f} s)")
     if search.found:
@@ -110,7 +106,7 @@ def print_search(search: Search, seconds: float) -> None:
         header = "layout, MICRO-BATCH, recompute, A STEP, BUBBLE, DEVICE NEEDS, AT WORST ROUTES"
         rows = map(_found, search.found, search.worst)
         console.print()
-        console.print(_table(title, header, rows))
+        console.print(plain_table(title, header, rows))
     console.print()
     rows = [
         (
@@ -120,7 +116,7 @@ def print_search(search: Search, seconds: float) -> None:
         )
         for reason, entry in sorted(search.refused.items(), key=lambda item: -item[1].count)
     ]
-    console.print(_table("What does not fit", "LAYOUTS, reason, least or for example", rows))
+    console.print(plain_table("What does not fit", "LAYOUTS, reason, least or for example", rows))
 
 
 def search_as_json(search: Search) -> dict[str, Any]:
@@ -245,20 +241,3 @@ def _flops(number: float) -> str:
             return f"{number:.3g} {prefix}FLOP"
         number /= 1000
     return f"{number:,.3g} EFLOP"
-
-
-def _console() -> Console:
-    terminal = sys.stdout.isatty()
-    width = None if terminal else LOG_FILE_WIDTH
-    return Console(file=sys.stdout, force_terminal=terminal, highlight=False, width=width)
-
-
-def _table(title: str, header: str, rows: Iterable[Sequence[str]]) -> Table:
-    """`header`: titles of columns, those of numbers in capitals."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in header.split(", "):
-        justify = "right" if column.isupper() else "left"
-        table.add_column(column.lower(), justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table

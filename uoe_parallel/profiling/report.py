@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uoe_parallel.analysis.report import LOG_FILE_WIDTH, in_bytes
+from uoe_parallel.analysis.report import in_bytes, plain_console
 from uoe_parallel.profiling.alone import Alone
 from uoe_parallel.profiling.summary import (
     DEPEND_ON_ROUTES,
@@ -70,7 +68,7 @@ def profile_as_json(profile: Profile) -> dict[str, Any]:
 
 def print_profile(profile: Profile, stream: TextIO | None = None) -> None:
     """Tables on `stream` or standard output, without control codes where that is no terminal."""
-    console = _console(stream)
+    console = plain_console(stream)
     first, last = profile.steps[0], profile.steps[-1]
     console.print(
         f"Communication of {len(profile.steps)} training steps ({first} to {last}) on "
@@ -88,7 +86,7 @@ def print_profile(profile: Profile, stream: TextIO | None = None) -> None:
 
 def print_sweep(alone: Sequence[Alone], stream: TextIO | None = None) -> None:
     """A table for each axis, of all its groups at once: the slowest one's bandwidth."""
-    console = _console(stream)
+    console = plain_console(stream)
     if not alone:
         console.print("One rank sends nothing.")
     slowest: dict[Size, Alone] = {}
@@ -106,17 +104,6 @@ def print_sweep(alone: Sequence[Alone], stream: TextIO | None = None) -> None:
         console.out(f"Alone on all {axis} groups at once: the slowest group's bus bandwidth")
         header = ["BYTES", *(operation.upper() for operation in operations)]
         console.print(_table(None, header, rows), "")
-
-
-def _console(stream: TextIO | None) -> Console:
-    file = sys.stdout if stream is None else stream
-    terminal = file.isatty()
-    return Console(
-        file=file,
-        force_terminal=terminal,
-        highlight=False,
-        width=None if terminal else LOG_FILE_WIDTH,
-    )
 
 
 def _table(title: str | None, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
