@@ -31,7 +31,7 @@ from uoe_parallel.training.routing_state import rule_states
 from uoe_parallel.training.state import base_optimizer
 from uoe_parallel.training.trainer import Trainer
 
-Plan = Mapping[int, Literal["loss", "gradient", "activation", "spike"]]
+Plan = Mapping[int, Literal["loss", "gradient", "reduced gradient", "activation", "spike"]]
 """What goes wrong on the last rank, by the number of the global batch, from 0."""
 
 
@@ -114,11 +114,18 @@ def _planted(trainer: Trainer, fault: str | None) -> Iterator[None]:
     norm = next(m for n, m in trainer.model.named_modules() if n.endswith("norm"))
     factor = {"loss": math.nan, "spike": 100.0}.get(fault or "", 1.0)
     hook = None
+
+    def measured(loss_sum: Tensor) -> tuple[float, float]:
+        if fault == "reduced gradient":
+            for gradient, _ in clipper._gradients():
+                gradient.fill_(math.nan)
+        return measure(loss_sum * factor)
+
     if fault == "gradient":
         hook = norm.get_parameter("weight").register_hook(lambda g: g * math.inf)
     elif fault == "activation":
         hook = norm.register_forward_hook(lambda _, __, y: y * math.nan)
-    with mock.patch.object(clipper, "measure", lambda loss_sum: measure(loss_sum * factor)):
+    with mock.patch.object(clipper, "measure", measured):
         yield
     if hook is not None:
         hook.remove()
@@ -183,17 +190,18 @@ def test_skipped_step_moves_nothing(
     config = _config(
         tmp_path,
         parallel={**axes, "zero_stage": zero_stage},
-        training={"steps": 4, "precision": precision},
-        anomalies={"not_finite": "skip"},
+        training={"steps": 5, "precision": precision},
+        anomalies={"not_finite": "skip", "limit": 4},
     )
-    lives = ranks(world_size).run(_live, config, {1: "gradient", 2: "activation"})
+    plan: Plan = {1: "gradient", 2: "activation", 3: "reduced gradient"}
+    lives = ranks(world_size).run(_live, config, plan)
     for life in lives:
-        assert life.error is None and life.kept == [True, True]
-        assert life.progress == Progress(step=4, batch=4, updates=2)
+        assert life.error is None and life.kept == [True, True, True]
+        assert life.progress == Progress(step=5, batch=5, updates=2)
         assert str(life.steps) == str(lives[0].steps), "where NaN is equal to itself"
-    assert not any(math.isfinite(norm) for _, _, norm in lives[0].steps[1:3])
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 4]
-    gradient, activation = metrics(tmp_path / "run", "event")
+    assert not any(math.isfinite(norm) for _, _, norm in lives[0].steps[1:4])
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 5]
+    gradient, activation, _ = metrics(tmp_path / "run", "event")
     assert (gradient["step"], gradient["gradient_norm"], gradient["done"]) == (2, None, "skip")
     assert gradient["loss"] == lives[0].steps[1][1] and "gradient norm" in gradient["what"]
     # Routing may send a token without a score nowhere, and then the loss is a number.
