@@ -106,6 +106,9 @@ def compared(facts: Sequence[Facts]) -> list[Found]:
 
 def _config_differences(facts: Sequence[Facts]) -> list[Found]:
     advice = "give every node the same file and the same overrides"
+    if any(MISTAKE in own.config for own in facts):
+        read = {own.rank: own.config.get(MISTAKE, "can be read") for own in facts}
+        return difference("the config's file", read, advice)
     names = dict.fromkeys(name for own in facts for name in own.config)
     found = []
     for name in names:
