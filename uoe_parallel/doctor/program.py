@@ -22,7 +22,7 @@ from uoe_parallel.config.schema import ParallelConfig
 from uoe_parallel.doctor.facts import MISTAKE, config_fields, own_facts
 from uoe_parallel.doctor.faults import Fault, gathered, told
 from uoe_parallel.doctor.network import rendezvous_faults
-from uoe_parallel.errors import UserError
+from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 from uoe_parallel.parallel.groups import (
     distributed,
     local_size_from_environment,
@@ -31,8 +31,8 @@ from uoe_parallel.parallel.groups import (
 )
 from uoe_parallel.parallel.layout import layout_faults
 
-FAULTY, USER_ERROR = 1, 2
-"""Exit codes beside 0, healthy."""
+FAULTY = 1
+"""Exit code if faults were found."""
 WAIT = 20.0
 """Seconds that ranks are waited for."""
 STORE_OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if facts.rank == 0:
             print(f"uoe-doctor: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return USER_ERROR_EXIT_CODE
     except RuntimeError as error:  # of torch.distributed
         faults = [_lost(error, options.wait)]
     # Nobody else can be told: each rank speaks for itself.

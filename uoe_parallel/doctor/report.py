@@ -73,14 +73,29 @@ def _nodes(facts: Sequence[Facts]) -> Table:
     for one in facts:
         of.setdefault(one.host, []).append(one)
     rows = [
-        (host, ranks_text([one.rank for one in ranks]), "\n".join(ranks[0].devices))
+        (
+            host,
+            ranks_text([one.rank for one in ranks]),
+            "\n".join(ranks[0].devices),
+            ", ".join(f"{backend}: {name}" for name, backend in _takers(ranks[0]).items()),
+        )
         for host, ranks in of.items()
     ]
-    return plain_table("Nodes", "host, which, devices", rows)
+    return plain_table("Nodes", "host, which, devices, interface taken", rows)
+
+
+def _takers(own: Facts) -> dict[str, str]:
+    """Backends by the interfaces that they take."""
+    takers: dict[str, str] = {}
+    for variable, name in own.taken.items():
+        backend = variable.partition("_")[0].lower()
+        place = name or "none"
+        takers[place] = f"{takers[place]} and {backend}" if place in takers else backend
+    return takers
 
 
 def _interfaces(own: Facts) -> Table:
-    takers = {name: variable.partition("_")[0].lower() for variable, name in own.taken.items()}
+    takers = _takers(own)
     rows = [
         (
             one["name"],
