@@ -60,6 +60,7 @@ class Interruption:
         while arrived := os.read(self._pipe[0], 1):
             if arrived[0] != signal.SIGTERM:
                 continue
-            first = first or time.monotonic()
-            if time.monotonic() - first >= PATIENCE:
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first >= PATIENCE:
                 os._exit(128 + signal.SIGTERM)
