@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +93,7 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
         console = TrainingConsole(quiet=not groups.is_main)
         trainer = Trainer(config, groups, device, console)
         _introduce(config, groups, trainer, console)
-        with _watched(trainer):
+        with _watched(trainer), closing(trainer.folder):
             if options.dry_run:
                 _dry_run(trainer, console)
                 return

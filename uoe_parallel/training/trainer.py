@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -87,7 +88,7 @@ class Trainer:
         self.device = device
         self.console = console
         self.folder = RunFolder(config, groups)
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups, console.say)
         self.progress = Progress()
         self.interruption = Interruption()
         torch.manual_seed(config.seed)
@@ -147,7 +148,7 @@ class Trainer:
         training, steps = self.config.training, self.config.training.steps
         if self.step == 0 and training.validate_every > 0:
             self.evaluate("validation")
-        with self.console.progress(steps, start=self.step):
+        with self.console.progress(steps, start=self.step), self.saver:
             while self.step < steps:
                 try:
                     result = self.train_step()
@@ -161,7 +162,6 @@ class Trainer:
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
-        self.saver.finish()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
@@ -250,7 +250,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective over all ranks."""
-        pieces = capture(
+        self.folder.confirm()
+        captured = partial(
+            capture,
             self.engine.deepspeed,
             self.model,
             self.groups,
@@ -260,11 +262,11 @@ class Trainer:
             "progress": self.progress.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
-        folder = self.saver.save(self.step, pieces, state)
-        self.console.say(f"checkpoint: {folder}")
+        self.saver.save(self.step, captured, state)
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
+        self.folder.lock()
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
@@ -341,6 +343,8 @@ class Trainer:
             **routing.report(),
             **self.routes.report(),
         }
+        if (stalled := self.saver.take_stall()) is not None:
+            values["seconds/checkpoint"] = stalled
         self.folder.record(self.step, "train", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.console.report(self.step, numbers)
