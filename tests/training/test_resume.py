@@ -222,21 +222,5 @@ def test_dropout_and_recomputation_may_change(
     assert list(life.steps) == [3]
 
 
-@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), [(1, 1, 1), (2, 1, 3), (4, 4, 0)])
-def test_checkpoint_loads_under_another_layout(
-    ranks: Ranks,
-    saved: tuple[Path, float],
-    tmp_path: Path,
-    world_size: int,
-    tensor: int,
-    zero_stage: int,
-) -> None:
-    layout = [f"parallel.tensor={tensor}", f"parallel.zero_stage={zero_stage}"]
-    config = load_config(saved[0], [_copy(saved, tmp_path / "run"), *layout])
-    for life in ranks(world_size).run(live, config):
-        assert life.steps == {}
-        assert life.validation == pytest.approx(saved[1], rel=1e-5)
-
-
 def _files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
