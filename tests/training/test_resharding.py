@@ -103,9 +103,7 @@ def test_run_goes_on_as_under_its_own_layout(
         assert list(life.steps) == [4, 5, 6]
         for step, seen in life.steps.items():
             assert seen.loss == pytest.approx(expected.steps[step].loss, rel=2e-5)
-            assert seen.gradient_norm == pytest.approx(
-                expected.steps[step].gradient_norm, rel=2e-5
-            )
+            assert seen.gradient_norm == pytest.approx(expected.steps[step].gradient_norm, rel=2e-5)
         assert life.validation == pytest.approx(expected.validation, rel=2e-5)
     roots = (folder / "checkpoints", Path(config.run_dir) / "checkpoints")
     wanted, found = (open_checkpoint(root, STEPS, None).state for root in roots)

@@ -90,8 +90,9 @@ def test_lock_of_a_file_that_was_taken_away_is_none(
     monkeypatch.setattr(fcntl, "flock", take_away)
     lock.acquire()
     lock.confirm()
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
     with pytest.raises(UserError):
-        RunLock(tmp_path)._try() or RunLock(tmp_path).confirm()
+        RunLock(tmp_path).acquire()
     lock.release()
 
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -56,8 +57,8 @@ class RunLock:
         os.fsync(file.fileno())
 
     def confirm(self) -> None:
-        """Raises UserError if this process is the holder no more."""
-        if (holder := self._holder()) != self._name:
+        """Raises UserError if this process was the holder and is no more."""
+        if self._file is not None and (holder := self._holder()) != self._name:
             raise UserError(
                 f"run_dir={self._path.parent} belongs to another run by now, of {holder}: this one "
                 "wrote no more checkpoints. Continue one of them alone, or in another run_dir"
@@ -84,9 +85,10 @@ class RunLock:
             if error.errno not in _CANNOT_LOCK:
                 file.close()
                 raise
-        # A holder that leaves takes the file away, which may be the one opened here.
-        if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            # A holder that leaves takes the file away, which may be the one opened here.
+            if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                return file
         file.close()
         return None
 

@@ -9,13 +9,12 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-import torch.distributed as dist
 from pydantic import JsonValue
 
 from uoe_parallel.checkpoint import Piece, save_checkpoint
 from uoe_parallel.config.schema import CheckpointConfig
 from uoe_parallel.errors import Interrupted, UserError
-from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.groups import ParallelGroups, start_aside_group
 from uoe_parallel.parallel.purposes import aside
 
 _PATIENCE = 60.0
@@ -46,8 +45,7 @@ class Saver:
         self._stalled: float | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        # Not the run's own: what two threads call there would meet in another order on each rank.
-        self._group = dist.new_group(backend="gloo") if config.asynchronous else groups.world
+        self._group = start_aside_group() if config.asynchronous else groups.world
 
     @property
     def has_failed(self) -> bool:
