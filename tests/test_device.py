@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests import device
-from tests.device import VARIABLE, missing_device, skip_without_gpus, use_chosen_device
+from tests.device import VARIABLE, chosen_device, missing_device, skip_without_gpus
 from tests.harness import Ranks
 from tests.harness.placing import Placing, pickled
 from tests.programs import CHECKOUT
@@ -93,21 +93,16 @@ def test_other_devices_are_refused(checkout: Path, arguments: tuple[str, ...]) -
     assert told.startswith("--device is cpu or cuda, not '")
 
 
-def _where() -> tuple[str, str, str]:
-    """Device of what a test makes, the groups' backend, and which GPUs are hidden."""
-    return str(torch.zeros(1).device), dist.get_backend(), os.environ["CUDA_VISIBLE_DEVICES"]
+def _where() -> tuple[str, str]:
+    """Device of what a test makes on a rank, and the backends of its world."""
+    return torch.zeros(1).device.type, dist.get_backend_config()
 
 
-def test_ranks_compute_on_the_chosen_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(VARIABLE, "cpu")
-    assert use_chosen_device() is None
-    own = Ranks(tmp_path)
-    try:
-        assert own(2).run(_where) == [("cpu", "gloo", "")] * 2
-    finally:
-        own.close()
+def test_ranks_compute_on_the_chosen_device(ranks: Ranks) -> None:
+    on_cpu = chosen_device() == "cpu"
+    expected = ("cpu", "cpu:gloo,cuda:gloo") if on_cpu else ("cuda", "cpu:gloo,cuda:nccl")
+    assert ranks(2).run(_where) == [expected] * 2
+    assert (os.environ.get("CUDA_VISIBLE_DEVICES") == "") == on_cpu
 
 
 def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import tests.certificate
 from tests.certificate import Certifier
+from tests.device import chosen_device
 from uoe_parallel.doctor.certificate import (
     Area,
     Certificate,
@@ -68,7 +69,11 @@ def _run(suite: Path, *arguments: str) -> list[Certificate]:
 
 def test_a_whole_run_is_certified_with_what_was_skipped(suite: Path) -> None:
     [found] = _run(suite, "-m", "not slow")
-    assert (found.device, found.with_slow, found.code) == ("cpu", False, certified_code())
+    assert (found.device, found.with_slow, found.code) == (
+        chosen_device(),
+        False,
+        certified_code(),
+    )
     reason = "4 ranks need 4 GPUs, and this machine has 1"
     assert found.areas == {"tests/inner": Area(1, {reason: 1}), "tests/test_top.py": Area(1, {})}
     assert (found.passed, found.skipped) == (2, 1)

@@ -136,7 +136,8 @@ def test_a_gpu_that_torch_does_not_see_is_told(
     assert problem in _only(list(cuda_faults(0)))
 
 
-def test_without_a_gpu_the_cpu_is_the_device() -> None:
+def test_without_a_gpu_the_cpu_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, 0)
     [device] = devices()
     assert " cores, " in device and device.endswith(" GiB")
 

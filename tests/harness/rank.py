@@ -20,7 +20,7 @@ from tests.harness.messages import Case, RankFailure, Success
 if TYPE_CHECKING:
     from uoe_parallel.parallel.device import Device
 
-STACKS_SIGNAL = signal.SIGUSR1
+STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads to its log."""
 
 

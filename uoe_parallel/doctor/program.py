@@ -36,7 +36,7 @@ FAULTY = 1
 WAIT = 20.0
 """Seconds that ranks are waited for."""
 STORE_OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
-"""Set where torchrun itself listens at the rendezvous; else rank 0 does, once it starts."""
+"""True where torchrun itself listens at the rendezvous; else rank 0 does, once it starts."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -123,7 +123,7 @@ def _way_to_others(rank: int, options: argparse.Namespace, *, several_nodes: boo
     if options.rendezvous is not None:
         return rendezvous_faults(*options.rendezvous, several_nodes=True, wait=options.wait)
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    listens_itself = rank == 0 and STORE_OF_LAUNCHER not in os.environ
+    listens_itself = rank == 0 and os.environ.get(STORE_OF_LAUNCHER) != "True"
     if "RANK" not in os.environ or address is None or port is None or listens_itself:
         return []
     return rendezvous_faults(address, int(port), several_nodes=several_nodes, wait=options.wait)
