@@ -132,23 +132,6 @@ def _copy(saved: tuple[Path, float], target: Path) -> str:
     return f"run_dir={target}"
 
 
-@pytest.mark.parametrize("victim", ["rank-00001.safetensors", "manifest.json"])
-def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(
-    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, victim: str
-) -> None:
-    config = load_config(saved[0], [_copy(saved, tmp_path / "run")])
-    damaged = tmp_path / "run" / "checkpoints" / "step-00000002" / victim
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    first, second = ranks(2).run(live, config)
-
-    for word in ("damaged", "step-00000002", victim):
-        assert word in first.err
-    assert second.err == ""
-    assert list(first.steps) == list(second.steps) == [2]
-    assert first.validation == saved[1]
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
-
-
 def test_no_whole_checkpoint_is_refused_instead_of_starting_over(
     ranks: Ranks, saved: tuple[Path, float], tmp_path: Path
 ) -> None:
