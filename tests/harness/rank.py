@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.harness.messages import Case, RankFailure, Success
 
-STACKS_SIGNAL = signal.SIGUSR1
+STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads to its log."""
 
 

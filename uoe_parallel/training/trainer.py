@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -81,8 +82,14 @@ class Trainer:
     """One run, from its config to its last checkpoint. Built and used by every rank alike."""
 
     def __init__(
-        self, config: RunConfig, groups: ParallelGroups, device: Device, console: TrainingConsole
+        self,
+        config: RunConfig,
+        groups: ParallelGroups,
+        device: Device,
+        console: TrainingConsole,
+        interruption: Interruption | None = None,
     ) -> None:
+        """interruption: whose signals end training. None hears of none."""
         self.config = config
         self.groups = groups
         self.device = device
@@ -90,7 +97,9 @@ class Trainer:
         self.folder = RunFolder(config, groups)
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups, console.say)
         self.progress = Progress()
-        self.interruption = Interruption()
+        self._saved_step = 0
+        """Whose state is in a checkpoint, or is that of a run that has not begun."""
+        self._interruption = interruption or Interruption()
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
@@ -140,21 +149,26 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.sequence_length
 
     def train(self) -> None:
-        """Train to the last step, from the newest checkpoint of the run folder if there is one."""
+        """Train to the last step, from the newest checkpoint of the run folder if there is one.
+
+        Raises Interrupted on every rank, with a checkpoint of the last step taken, once a signal
+        has asked one of them to leave.
+        """
         self._open_run()
         routing = RoutingReporter(
             self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
         )
         training, steps = self.config.training, self.config.training.steps
-        if self.step == 0 and training.validate_every > 0:
-            self.evaluate("validation")
-        with self.console.progress(steps, start=self.step), self.saver:
+        with (
+            self.saver,
+            self._saved_if_interrupted(),
+            self.console.progress(steps, start=self.step),
+        ):
+            self._leave_if_asked()
+            if self.step == 0 and training.validate_every > 0:
+                self.evaluate("validation")
             while self.step < steps:
-                try:
-                    result = self.train_step()
-                except Interrupted:
-                    self.save()
-                    raise
+                result = self.train_step()
                 last = self.step == steps
                 if last or self.step % self.config.logging.every == 0:
                     self._report(result, routing)
@@ -165,10 +179,13 @@ class Trainer:
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
-        over all ranks."""
-        evaluations: dict[Split, Evaluation] = {
-            split: self.evaluate(split) for split in self.evaluated
-        }
+        over all ranks. Raises Interrupted on all of them as `train` does."""
+        evaluations: dict[Split, Evaluation] = {}
+        with self._saved_if_interrupted():
+            for split in self.evaluated:
+                self._leave_if_asked()
+                evaluations[split] = self.evaluate(split)
+            self._leave_if_asked()
         text = self.sample_text() if self.config.model.task == "next_token" else None
         self.folder.close()
         return RunSummary(evaluations, text)
@@ -263,6 +280,7 @@ class Trainer:
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
         self.saver.save(self.step, captured, state)
+        self._saved_step = self.step
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
@@ -280,6 +298,7 @@ class Trainer:
 
     def _restore(self, reader: CheckpointReader) -> None:
         self.progress = Progress.of(reader.state["progress"])
+        self._saved_step = self.step
         restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
 
     def _agree_on_step(self, batches: list[MicroBatch]) -> None:
@@ -289,7 +308,7 @@ class Trainer:
         not be written, and Interrupted if one of them was asked to leave.
         """
         smallest, largest = token_range(batches, self.config.model.task)
-        signal, failed = self.interruption.signal, int(self.saver.has_failed)
+        signal, failed = self._interruption.signal, int(self.saver.has_failed)
         below, largest, signal, failed = self._greatest(
             -smallest, largest, signal, failed, purpose=Purpose.STEP_AGREEMENT
         )
@@ -298,6 +317,28 @@ class Trainer:
             self.saver.finish()
         if signal:
             raise Interrupted(signal)
+
+    def _leave_if_asked(self) -> None:
+        """Raise Interrupted on every rank if one of them was asked to leave. Collective."""
+        [signal] = self._greatest(self._interruption.signal, purpose=Purpose.AGREEMENT)
+        if signal:
+            raise Interrupted(signal)
+
+    @contextmanager
+    def _saved_if_interrupted(self) -> Iterator[None]:
+        """A block that every rank leaves by Interrupted with a checkpoint of the current step."""
+        try:
+            yield
+        except Interrupted as asked:
+            if self.step != self._saved_step:
+                self.save()
+            self.saver.finish()
+            saved = "checkpoint saved" if self.step > 0 else "nothing to save"
+            self.console.say(
+                f"asked to leave by {Signals(asked.signal).name} after step {self.step}: {saved}, "
+                "the same command continues"
+            )
+            raise
 
     def _greatest(self, *values: int, purpose: Purpose) -> list[int]:
         """Each value's maximum over all ranks. Collective over them."""
