@@ -10,7 +10,7 @@ import torch
 
 from tests.harness import Ranks
 from tests.programs import call_program, metrics, only_complaint, write_run
-from tests.training.lives import config_of, live, tensors_of
+from tests.training.runs import config_of, live, tensors_of
 from uoe_parallel.config.load import load_config
 
 LAYOUTS: list[tuple[str, int, dict[str, int], int]] = [
