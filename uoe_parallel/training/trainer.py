@@ -35,7 +35,7 @@ from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
-from uoe_parallel.training.generation import sample
+from uoe_parallel.training.generation import sample_text
 from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
@@ -48,12 +48,6 @@ from uoe_parallel.training.run_folder import RunFolder
 from uoe_parallel.training.saving import Saver
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
-
-SAMPLE_PROMPT = "def "
-SAMPLE_TOKENS = 200
-SAMPLE_TEMPERATURE = 0.7
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 Split = Literal["validation", "test"]
 
@@ -182,7 +176,9 @@ class Trainer:
                 self._leave_if_asked()
                 evaluations[split] = self.evaluate(split)
             self._leave_if_asked()
-        text = self.sample_text() if self.config.model.task == "next_token" else None
+        text = None
+        if self.config.model.task == "next_token":
+            text = sample_text(self.engine, self.tokenizer)
         self.folder.close()
         return RunSummary(evaluations, text)
 
@@ -237,29 +233,6 @@ class Trainer:
         self.folder.record(self.step, split, evaluation.values)
         self.console.say(f"{split}: loss {evaluation.describe()} after step {self.step}")
         return evaluation
-
-    def sample_text(self) -> str:
-        """A continuation of a short prompt. Every rank takes part and gets the same text."""
-        # The end of another document comes before the text, unless documents don't see each other.
-        before = [] if self.config.data.reset_at_documents else [self.tokenizer.eod]
-        self.engine.deepspeed.eval()
-        with self.model.replicated_tokens():
-            ids = sample(
-                self.engine.logits,
-                [*before, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
-                by_token=self.model.decodes_by_token,
-                # What another document begins with, nothing has been trained to say.
-                stop=self.tokenizer.eod if self.config.data.reset_at_documents else None,
-                num_tokens=SAMPLE_TOKENS,
-                context=self.config.model.sequence_length,
-                temperature=SAMPLE_TEMPERATURE,
-                seed=self.config.seed,
-                device=self.device.torch_device,
-            )
-        self.engine.deepspeed.train()
-        text = SAMPLE_PROMPT + self.tokenizer.decode(ids)
-        # A terminal must not obey what a young model says.
-        return "".join(c if c.isprintable() or c == "\n" else REPLACEMENT for c in text)
 
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective over all ranks."""
