@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -148,8 +148,9 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
                 _dry_run(trainer, console)
                 return
             _profile(trainer, console)
-            trainer.train()
-            _conclude(config, options, trainer.finish(), console)
+            with closing(trainer.folder):
+                trainer.train()
+                _conclude(config, options, trainer.finish(), console)
 
 
 def _watched(config: RunConfig, groups: ParallelGroups) -> AbstractContextManager[Watch | None]:

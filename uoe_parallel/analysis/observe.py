@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.naming import Naming
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.purposes import Phase, Purpose
+from uoe_parallel.parallel.purposes import Phase, Purpose, is_aside
 
 OPERATIONS = {
     "allreduce": ("all_reduce", 0),
@@ -103,7 +102,7 @@ class Interception:
     libraries keep copies: megatron-core's, DeepSpeed's and our own calls are all seen, and each
     once, those of backward passes included. Nothing is replaced while no such context is open; of
     several, the one that was opened last is to be closed first. Groups of one rank move nothing and
-    are left out, and so is what a thread in the background calls: ranks need not agree on when.
+    are left out, and so is what goes on `aside`.
     """
 
     refuses_unknown = False
@@ -158,7 +157,7 @@ class Interception:
         operation, place = OPERATIONS[name]
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if group.size() == 1 or _is_in_background():
+            if group.size() == 1 or is_aside():
                 return original(group, *args, **kwargs)
             payload = 0 if place is None else _bytes(args[place])
             note = self.called(self._call(operation, group, payload, args, kwargs))
@@ -232,14 +231,6 @@ class CollectiveObserver(Interception):
     def called(self, call: Call) -> None:
         if call.operation != "recv":
             self.calls[call.operation, call.ranks].append(call)
-
-
-def _is_in_background() -> bool:
-    """Whether this is a thread that Python started. Autograd's own threads, in which a GPU's
-    backward pass runs, are none."""
-    thread = threading.current_thread()
-    started = not isinstance(thread, threading._DummyThread)
-    return started and thread is not threading.main_thread()
 
 
 def _refused(name: str) -> Callable[..., Any]:

@@ -137,6 +137,12 @@ def start_groups(layout: ParallelLayout) -> ParallelGroups:
     )
 
 
+def start_aside_group() -> ProcessGroup:
+    """All ranks once more, on the CPU: what two threads call on one group would meet in another
+    order on each rank. Collective over all ranks."""
+    return _started(dist.new_group(backend="gloo"))
+
+
 def _started(group: object) -> ProcessGroup:
     assert isinstance(group, ProcessGroup)
     return group

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from signal import Signals
 from typing import Literal
 
@@ -88,7 +89,7 @@ class Trainer:
         self.device = device
         self.console = console
         self.folder = RunFolder(config, groups)
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups, console.say)
         self.progress = Progress()
         self._saved_step = 0
         """Whose state is in a checkpoint, or is that of a run that has not begun."""
@@ -152,7 +153,11 @@ class Trainer:
             self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
         )
         training, steps = self.config.training, self.config.training.steps
-        with self._saved_if_interrupted(), self.console.progress(steps, start=self.step):
+        with (
+            self.saver,
+            self._saved_if_interrupted(),
+            self.console.progress(steps, start=self.step),
+        ):
             self._leave_if_asked()
             if self.step == 0 and training.validate_every > 0:
                 self.evaluate("validation")
@@ -165,7 +170,6 @@ class Trainer:
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
-        self.saver.finish()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
@@ -236,7 +240,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective over all ranks."""
-        pieces = capture(
+        self.folder.confirm()
+        captured = partial(
+            capture,
             self.engine.deepspeed,
             self.model,
             self.groups,
@@ -246,12 +252,12 @@ class Trainer:
             "progress": self.progress.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
-        folder = self.saver.save(self.step, pieces, state)
+        self.saver.save(self.step, captured, state)
         self._saved_step = self.step
-        self.console.say(f"checkpoint: {folder}")
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
+        self.folder.lock()
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
@@ -351,6 +357,8 @@ class Trainer:
             **routing.report(),
             **self.routes.report(),
         }
+        if (stalled := self.saver.take_stall()) is not None:
+            values["seconds/checkpoint"] = stalled
         self.folder.record(self.step, "train", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.console.report(self.step, numbers)
