@@ -181,7 +181,7 @@ class Trainer:
             self._leave_if_asked()
         text = None
         if self.config.model.task == "next_token":
-            text = sample_text(self.engine, self.tokenizer, self.config)
+            text = sample_text(self.engine, self.tokenizer)
         self.folder.close()
         return RunSummary(evaluations, text)
 
