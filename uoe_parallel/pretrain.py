@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from uoe_parallel.config.load import format_config, load_config
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
-from uoe_parallel.errors import UserError
+from uoe_parallel.errors import USER_ERROR_EXIT_CODE, Interrupted, UserError
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
     distributed,
@@ -30,8 +30,6 @@ from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
 if TYPE_CHECKING:
     from uoe_parallel.training.console import TrainingConsole
     from uoe_parallel.training.trainer import RunSummary, Trainer
-
-USER_ERROR_EXIT_CODE = 2
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"uoe-pretrain: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
+    except Interrupted as interrupted:
+        return 128 + interrupted.signal
     return 0
 
 
@@ -98,7 +98,8 @@ def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace)
                 _dry_run(trainer, console)
                 return
             _profile(trainer, console)
-            trainer.train()
+            with trainer.interruption:
+                trainer.train()
             _conclude(config, options, trainer.finish(), console)
 
 

@@ -17,9 +17,9 @@ from tests.profiling.hanging import SLEEPING, STOPPED, rank
 from tests.programs import write_run
 from tests.tiny import tiny_config
 from uoe_parallel.analysis.observe import Call
+from uoe_parallel.errors import HANG_EXIT_CODE
 from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.profiling import watch
-from uoe_parallel.profiling.watch import HANG_EXIT_CODE
 
 
 @pytest.mark.usefixtures("ranks")
@@ -44,7 +44,7 @@ def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
     assert told[SLEEPING] == told[STOPPED] == []
     assert told[0] == [
         "uoe-pretrain: rank 0 has waited longer than profile.wait_limit, 3 s, in all_reduce for "
-        "smallest and largest token (step) over ranks 0, 1, 2 of the data group, in step 1. Not "
+        "whether to take the step (step) over ranks 0, 1, 2 of the world group, in step 1. Not "
         "there: rank 1, which is in code of its own; rank 2, which does not answer: stopped or gone"
     ]
 

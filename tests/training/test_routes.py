@@ -180,7 +180,7 @@ def train(config: RunConfig) -> int:
     with distributed() as device:
         groups = start_groups(ParallelLayout.from_config(config.parallel, dist.get_world_size()))
         trainer = Trainer(config, groups, device, TrainingConsole(quiet=True))
-        reader = find_checkpoint(trainer.checkpoint_dir, groups.world)
+        reader = find_checkpoint(trainer.folder.checkpoints, groups.world)
         trainer.train()
     return reader.step if reader else 0
 

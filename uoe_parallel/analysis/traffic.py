@@ -338,7 +338,7 @@ def _moved_rules(model: LanguageModel) -> Iterator[Transfer]:
 
 
 def _bookkeeping() -> Iterator[Transfer]:
-    yield Transfer(Purpose.TOKEN_RANGE, "step", "data", "all_reduce", 1, 2 * _COUNT)
+    yield Transfer(Purpose.STEP_AGREEMENT, "step", "world", "all_reduce", 1, 4 * _COUNT)
     yield Transfer(Purpose.VALID_TOKENS, "step", "data", "all_reduce", 1, _COUNT)
     yield Transfer(Purpose.STEP_LOSS, "step", "data", "all_reduce", 1, _COUNT)
     yield Transfer(Purpose.STEP_LOSS, "step", "pipe", "all_reduce", 1, _COUNT)

@@ -226,6 +226,38 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written: training stands still only until its state has been
+    copied to the host's memory, which holds that copy until it is on disk."""
+
+
+class AnomaliesConfig(Section):
+    """What to do about a step whose loss or gradient norm is not a finite number, or jumps. It is
+    found out before weights move, and every case is an event in the run's metrics.
+
+    stop ends the run; skip leaves the weights as they are and goes on with the next step; roll_back
+    continues from the newest checkpoint with the data that comes after that step's."""
+
+    not_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
+    spike_window: PositiveInt = 128
+    """Steps that a spike stands out from; none is seen before half as many were taken."""
+    spike_sigmas: float = Field(default=6.0, gt=0)
+    """A loss or gradient norm is a spike if it lies this many standard deviations of the window
+    above its mean."""
+    limit: PositiveInt = 3
+    """Anomalies in a row, with no step taken in between that got further, after which the run stops
+    whatever it would do about one."""
+
+
+class ReplicasConfig(Section):
+    """Comparing checksums of what ranks hold alike: replicated weights and optimizer states,
+    routers, thresholds and biases of routing, random state, the position in the data."""
+
+    check_every: NonNegativeInt = 0
+    """Steps between comparisons; 0 compares never. Others come before every checkpoint."""
+    on_mismatch: Literal["stop", "repair"] = "stop"
+    """repair continues from the newest checkpoint, which holds every value once."""
 
 
 class LoggingConfig(Section):
@@ -276,6 +308,8 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    anomalies: AnomaliesConfig = AnomaliesConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
     logging: LoggingConfig = LoggingConfig()
     routes: RoutesConfig = RoutesConfig()
     profile: ProfileConfig = ProfileConfig()

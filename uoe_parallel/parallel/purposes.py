@@ -66,6 +66,7 @@ class Purpose(StrEnum):
     DEEPSPEED_CHECKS = "DeepSpeed's checks", "control"
     DEEPSPEED_LOSS = "DeepSpeed's loss", "control"
     TOKEN_RANGE = "smallest and largest token", "control"
+    STEP_AGREEMENT = "whether to take the step", "control"
     VALID_TOKENS = "number of valid tokens", "control"
     STEP_LOSS = "loss of the step", "control"
     SETUP = "setup", "control"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.errors import UserError
+from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
@@ -30,8 +30,6 @@ from uoe_parallel.parallel.groups import (
     world_size_from_environment,
 )
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
-
-USER_ERROR_EXIT_CODE = 2
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

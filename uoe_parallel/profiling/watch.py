@@ -20,9 +20,9 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from uoe_parallel.analysis.observe import Call, Interception
+from uoe_parallel.errors import HANG_EXIT_CODE
 from uoe_parallel.parallel.groups import ParallelGroups
 
-HANG_EXIT_CODE = 3
 _VERDICT = "verdict"
 _LOOKS = 3
 """Ticks between a first and a second look at who is missing."""

@@ -111,14 +111,19 @@ def capture(
 
 
 def restore(
-    engine: Any, model: LanguageModel, groups: ParallelGroups, reader: CheckpointReader
+    engine: Any,
+    model: LanguageModel,
+    groups: ParallelGroups,
+    reader: CheckpointReader,
+    updates: int,
 ) -> None:
-    """Load what `capture` saved. Collective over all ranks."""
+    """Load what `capture` saved after AdamW had moved the weights `updates` times. Collective over
+    all ranks."""
     for _, tensor in _stepped_tensors(engine):
-        base_optimizer(engine).state[tensor]["step"].fill_(reader.step)
+        base_optimizer(engine).state[tensor]["step"].fill_(updates)
     for group in base_optimizer(engine).param_groups:
         if "step" in group:  # apex counts per group
-            group["step"] = reader.step
+            group["step"] = updates
     saved, masters = reader.keys(), _plain_masters(engine)
     failure: Exception | None = None
     for name, param, shard in named_shards(model, groups):

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint, save_checkpoint
-from uoe_parallel.config.faults import show
-from uoe_parallel.config.load import save_config
+from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import (
     MicroBatch,
@@ -25,7 +20,7 @@ from uoe_parallel.data.batches import (
 )
 from uoe_parallel.data.examples import open_examples
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
-from uoe_parallel.errors import UserError
+from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.norm import choose_rms_norm
@@ -40,11 +35,16 @@ from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample
-from uoe_parallel.training.metrics import Kind, MetricsWriter, Value
+from uoe_parallel.training.identity import check_resumable, run_identity
+from uoe_parallel.training.interruption import Interruption
+from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
 from uoe_parallel.training.pipeline import build_engine
+from uoe_parallel.training.progress import Progress
 from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import RoutingReporter
+from uoe_parallel.training.run_folder import RunFolder
+from uoe_parallel.training.saving import Saver
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
 
@@ -53,21 +53,6 @@ SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-
-FIXED = (
-    "feed_forward.num_experts",
-    "feed_forward.routed_layers",
-    "feed_forward.shared_experts",
-    "attention.routed_layers",
-    "attention.shared_experts",
-    "seed",
-    "data.tokenizer",
-    "data.reset_at_documents",
-    "data.mask_probability",
-    "training.global_batch_size",
-    "training.precision",
-)
-"""Fields of the config that a run keeps when it resumes, next to those of the model."""
 
 Split = Literal["validation", "test"]
 
@@ -101,7 +86,10 @@ class Trainer:
         self.groups = groups
         self.device = device
         self.console = console
-        self.run_dir = Path(config.run_dir)
+        self.folder = RunFolder(config, groups)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups)
+        self.progress = Progress()
+        self.interruption = Interruption()
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
@@ -140,8 +128,11 @@ class Trainer:
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
         self.observers: Sequence[StepObserver] = ()
-        self.metrics: MetricsWriter | None = None
-        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are behind."""
+        return self.progress.step
 
     @property
     def tokens_per_step(self) -> int:
@@ -158,7 +149,11 @@ class Trainer:
             self.evaluate("validation")
         with self.console.progress(steps, start=self.step):
             while self.step < steps:
-                result = self.train_step()
+                try:
+                    result = self.train_step()
+                except Interrupted:
+                    self.save()
+                    raise
                 last = self.step == steps
                 if last or self.step % self.config.logging.every == 0:
                     self._report(result, routing)
@@ -166,6 +161,7 @@ class Trainer:
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
+        self.saver.finish()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
@@ -174,8 +170,7 @@ class Trainer:
             split: self.evaluate(split) for split in self.evaluated
         }
         text = self.sample_text() if self.config.model.task == "next_token" else None
-        if self.metrics is not None:
-            self.metrics.close()
+        self.folder.close()
         return RunSummary(evaluations, text)
 
     def train_step(self) -> StepResult:
@@ -194,19 +189,21 @@ class Trainer:
             with self.timer.part("data"):
                 batches = step_batches(
                     self.train_data,
-                    self.step,
+                    self.progress.batch,
                     seed=self.config.seed,
                     global_batch_size=training.global_batch_size,
                     micro_batch_size=training.micro_batch_size,
                     data_rank=self.groups.data_rank,
                     data_size=self.groups.layout.data,
                 )
-                self._check_tokens(batches, self.config.data.train)
+                self._agree_on_step(batches)
                 batches = [batch.to(self.device.torch_device) for batch in batches]
             with self.routes.step(self.step):
                 result = StepResult(*self.engine.step(batches, self.step, self.timer))
         self._check_finite(result)
-        self.step += 1
+        self.progress.step += 1
+        self.progress.batch += 1
+        self.progress.updates += 1
         return result
 
     def evaluate(self, split: Split) -> Evaluation:
@@ -220,9 +217,11 @@ class Trainer:
                 data_size=self.groups.layout.data,
             )
         )
-        self._check_tokens(batches, self.evaluated[split])
+        smallest, largest = token_range(batches, self.config.model.task)
+        below, largest = self._greatest(-smallest, largest, purpose=Purpose.TOKEN_RANGE)
+        self._check_tokens(below, largest, self.evaluated[split])
         evaluation = self.engine.evaluate(batches)
-        self._record(split, evaluation.values)
+        self.folder.record(self.step, split, evaluation.values)
         self.console.say(f"{split}: loss {evaluation.describe()} after step {self.step}")
         return evaluation
 
@@ -258,76 +257,53 @@ class Trainer:
             masters=self.config.training.precision == "bf16",
         )
         state = {
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "identity": self._identity(),
+            "progress": self.progress.as_state(),
+            "identity": run_identity(self.config, self.train_data.fingerprint),
         }
-        folder = save_checkpoint(
-            self.checkpoint_dir,
-            self.step,
-            pieces,
-            state,
-            self.groups.world,
-            self.config.checkpoint.keep,
-        )
+        folder = self.saver.save(self.step, pieces, state)
         self.console.say(f"checkpoint: {folder}")
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.run_dir / "checkpoints"
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
-        reader = find_checkpoint(self.checkpoint_dir, self.groups.world)
+        reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
-                self._check_resumable(reader)
-            restore(self.engine.deepspeed, self.model, self.groups, reader)
-            self.step = reader.step
+                check_resumable(reader, run_identity(self.config, self.train_data.fingerprint))
+            self._restore(reader)
             self.console.say(
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
                 "are done"
             )
-        with shared_fate(
-            f"the run folder {self.run_dir} cannot be written",
-            "Set run_dir to a folder that every rank can write to",
-            self.groups.world,
-        ):
-            if self.groups.is_main:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                save_config(self.config, self.run_dir / "config.yaml")
-                self.metrics = MetricsWriter(self.run_dir, self.config.logging.tensorboard)
-                self.metrics.truncate_after(self.step if reader else -1)
+        self.folder.open(self.step if reader else None)
 
-    def _identity(self) -> dict[str, Any]:
-        """What a run keeps when it resumes, as JSON: its weights and the order of its data."""
-        not_of_weights = {"model": {"dropout", "attention_dropout"}}
-        config = self.config.model_dump(mode="json", exclude=not_of_weights)
-        model = {f"model.{name}": value for name, value in config["model"].items()}
-        fields = model | {field: reduce(getitem, field.split("."), config) for field in FIXED}
-        kinds = {"feed_forward": self.config.feed_forward, "attention": self.config.attention}
-        fields |= {f"levels of {kind}": routing.levels for kind, routing in kinds.items()}
-        return fields | {"tokens of data.train and checksums": self.train_data.fingerprint}
+    def _restore(self, reader: CheckpointReader) -> None:
+        self.progress = Progress.of(reader.state["progress"])
+        restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
 
-    def _check_resumable(self, reader: CheckpointReader) -> None:
-        """Refuse a checkpoint of another model or another order of the data."""
-        saved: Any = reader.state.get("identity", {})
-        changed = [
-            f"{field}: saved {show(saved.get(field))}, now {show(now)}"
-            for field, now in self._identity().items()
-            if saved.get(field) != now
-        ]
-        if changed:
-            raise UserError(
-                f"{reader.path} was saved by a run that differs:\n  "
-                + "\n  ".join(changed)
-                + "\nRestore these fields to continue it, or choose another run_dir"
-            )
+    def _agree_on_step(self, batches: list[MicroBatch]) -> None:
+        """What has to hold on all ranks before one of them begins a step, in one message.
 
-    def _check_tokens(self, batches: list[MicroBatch], prefix: str) -> None:
+        Raises UserError on every rank for a token beyond the vocabulary or a checkpoint that could
+        not be written, and Interrupted if one of them was asked to leave.
+        """
         smallest, largest = token_range(batches, self.config.model.task)
-        ends = torch.tensor([-smallest, largest], device=self.device.torch_device)
-        below, largest = comm.max_over(ends, self.groups.data, purpose=Purpose.TOKEN_RANGE).tolist()
+        signal, failed = self.interruption.signal, int(self.saver.has_failed)
+        below, largest, signal, failed = self._greatest(
+            -smallest, largest, signal, failed, purpose=Purpose.STEP_AGREEMENT
+        )
+        self._check_tokens(below, largest, self.config.data.train)
+        if failed:
+            self.saver.finish()
+        if signal:
+            raise Interrupted(signal)
+
+    def _greatest(self, *values: int, purpose: Purpose) -> list[int]:
+        """Each value's maximum over all ranks. Collective over them."""
+        own = torch.tensor(values, device=self.device.torch_device)
+        return comm.max_over(own, self.groups.world, purpose=purpose).tolist()
+
+    def _check_tokens(self, below: int, largest: int, prefix: str) -> None:
+        """`below`: minus the smallest id."""
         if largest >= self.tokenizer.size or below > 0:
             wrong = -below if below > 0 else largest
             raise UserError(
@@ -365,22 +341,9 @@ class Trainer:
             **routing.report(),
             **self.routes.report(),
         }
-        self._record("train", values)
+        self.folder.record(self.step, "train", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.console.report(self.step, numbers)
-
-    def _record(self, kind: Kind, values: Mapping[str, Value]) -> None:
-        """Write to the run's record. Collective over all ranks.
-
-        An evaluation is written once: a finished run that is started again repeats it.
-        """
-        action = f"the metrics of step {self.step} cannot be written to {self.run_dir}"
-        mend = "Checkpoints are untouched: see that there is room, then start again to resume"
-        with shared_fate(action, mend, self.groups.world):
-            if self.metrics is not None and (
-                kind == "train" or not self.metrics.has(self.step, kind)
-            ):
-                self.metrics.write(self.step, kind, values)
 
     def _logs_next_step(self) -> bool:
         return (self.step + 1) % self.config.logging.every == 0

@@ -35,6 +35,6 @@ def train(config: RunConfig, fault: FaultRequest | None, timeout: float) -> Plan
             groups,
             masters=config.training.precision == "bf16",
         )
-        save_checkpoint(trainer.run_dir / INITIAL, 0, pieces, {}, groups.world, keep=1)
+        save_checkpoint(trainer.folder.path / INITIAL, 0, pieces, {}, groups.world, keep=1)
         trainer.train()
     return planted
