@@ -9,8 +9,8 @@
 # --program  what runs on both hosts if not torchrun, with variables that tell where it is:
 #            NODE_RANK (0, 1), NODE_ADDRESSES (of both), RANKS_PER_NODE and INTERFACE
 #
-# What follows is handed to the program on both hosts. Needs root and iproute2 (ip, tc). The namespaces
-# go when the program ends, however it ends.
+# What follows is handed to the program on both hosts. Needs root and iproute2 (ip, tc). The
+# namespaces go when the program ends, however it ends.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -61,7 +61,9 @@ for number in 1 0; do
         command=("$torchrun" --nnodes 2 --node-rank "$number" --nproc-per-node "$ranks"
             --master-addr "$subnet.1" --master-port 29500)
     fi
-    NODE_RANK=$number ip netns exec "${hosts[$number]}" "${command[@]}" "$@" &
+    # Programs tell hosts apart by their names.
+    NODE_RANK=$number ip netns exec "${hosts[$number]}" unshare --uts \
+        bash -c 'hostname "$0" && exec "$@"' "${hosts[$number]}" "${command[@]}" "$@" &
     pids+=($!)
 done
 status=0

@@ -22,6 +22,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
 export PET_NNODES=${PET_NNODES:-1} PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-auto}
 export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3} PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
+# Ranks that are started again must not find where their predecessors listened, and the store that
+# torchrun shares with them keeps that.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ -n ${PET_RDZV_ENDPOINT:-} ]]; then
     export PET_RDZV_BACKEND=c10d PET_RDZV_ID=${PET_RDZV_ID:-uoe}
 elif [[ $PET_NNODES == 1 ]]; then

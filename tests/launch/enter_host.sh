@@ -9,7 +9,7 @@ shift
 for host in /run/netns/*; do
     host=$(basename "$host")
     if ip -n "$host" -o address show 2>/dev/null | grep -qF " $address/"; then
-        exec ip netns exec "$host" bash -c "$*"
+        exec ip netns exec "$host" unshare --uts bash -c "hostname $host && $*"
     fi
 done
 echo "no simulated host has the address $address" >&2

@@ -12,7 +12,7 @@ trap 'rm "$hostfile"' EXIT
 printf "%s slots=$RANKS_PER_NODE\n" "${addresses[@]}" >"$hostfile"
 case $launcher in
     torchrun)
-        # Both hosts have this machine's name, so addresses tell them apart.
+        # Nobody knows the names of these hosts: only addresses will do.
         export PET_NNODES=2 PET_NPROC_PER_NODE=$RANKS_PER_NODE
         export PET_RDZV_ENDPOINT=${addresses[0]}:29400 PET_RDZV_CONF=is_host=$((1 - NODE_RANK))
         export PET_LOCAL_ADDR=${addresses[NODE_RANK]}
