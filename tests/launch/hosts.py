@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.programs import CHECKOUT, MPIRUN_ANYWHERE
+from tests.launch.starting import Process, started
+from tests.programs import CHECKOUT
 
 SCRIPT = CHECKOUT / "launch" / "simulated_hosts.sh"
 ON_HOST = CHECKOUT / "tests" / "launch" / "on_host.sh"
@@ -38,37 +38,10 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
-def environment(**variables: str) -> Mapping[str, str]:
-    """In which scripts find this Python and what is installed beside it."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, **MPIRUN_ANYWHERE, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
-
-
-@contextmanager
-def started(
-    *command: str | Path, output: Path, variables: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """`command`, which writes to `output` and is told to end if the block leaves it running."""
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            env=environment(**(variables or {})),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(20)
-
-
 @contextmanager
 def two_hosts(
     launcher: str, *arguments: str | Path, output: Path, rate: str = "200mbit"
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Process]:
     """A run with one rank on each of two hosts. They go with the block."""
     hosts = ("bash", SCRIPT, "--rate", rate, "--ranks", "1", "--program", ON_HOST)
     with started(*hosts, launcher, *arguments, output=output) as process:
@@ -76,6 +49,6 @@ def two_hosts(
     assert not namespaces() & set(host_names(process))
 
 
-def host_names(process: subprocess.Popen[bytes]) -> tuple[str, str]:
+def host_names(process: Process) -> tuple[str, str]:
     """The namespaces that a running simulated_hosts.sh has made, or will make."""
     return f"uoe{process.pid}a", f"uoe{process.pid}b"

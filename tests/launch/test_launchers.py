@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Ranks
-from tests.launch.hosts import host_names, needs_namespaces, started, two_hosts
+from tests.launch.hosts import host_names, needs_namespaces, two_hosts
+from tests.launch.starting import has_taken, started, wait_until
 from tests.programs import CHECKOUT, call_program, metrics, write_run
 
 STEPS = 8
@@ -40,20 +39,6 @@ def _losses(run_dir: Path) -> list[float]:
     records = metrics(run_dir)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     return [record["loss"] for record in records]
-
-
-def _wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], output: Path
-) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.02)
-
-
-def _has_taken(steps: int, run_dir: Path) -> Callable[[], bool]:
-    path = run_dir / "metrics.jsonl"
-    return lambda: path.exists() and path.read_text().count('"kind": "train"') >= steps
 
 
 def _rank_on(host: str) -> int:
@@ -87,7 +72,7 @@ def test_torchrun_goes_on_after_a_rank_of_one_host_was_killed(
     config, output = _run(tmp_path, save_every=1), tmp_path / "output"
     # So slow a link that the run lasts until it is seen.
     with two_hosts("torchrun", "--config", config, output=output, rate="4mbit") as process:
-        _wait_until(_has_taken(2, tmp_path / "run"), process, output)
+        wait_until(has_taken(2, tmp_path / "run"), process, output)
         os.kill(_rank_on(host_names(process)[1]), signal.SIGKILL)
         assert process.wait(90) == 0, output.read_text()
     told = output.read_text()
@@ -113,7 +98,7 @@ def test_told_to_leave_all_ranks_save_first(
     script = CHECKOUT / "launch" / f"{launcher}.sh"
     command = ("bash", script, "--config", config)
     with started(*command, output=output, variables=LOCAL_RANKS[launcher]) as process:
-        _wait_until(_has_taken(2, tmp_path / "run"), process, output)
+        wait_until(has_taken(2, tmp_path / "run"), process, output)
         process.send_signal(asked)
         assert process.wait(60) == 128 + asked, output.read_text()
     last = metrics(tmp_path / "run")[-1]["step"]
