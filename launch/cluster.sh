@@ -4,7 +4,6 @@
 # INTERFACE        the network interface between nodes; if not set, backends choose
 # OMP_NUM_THREADS  threads of a rank on the CPU; 1 if not set, for ranks share the cores
 
-# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # needed VARIABLE WHAT: leave, as for any mistake of the user's, if the variable is not set.

@@ -47,7 +47,9 @@ def _rank_on(host: str) -> int:
     for pid in map(int, listed.stdout.split()):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        is_rank = any(word.startswith(b"LOCAL_RANK=") for word in environment)
+        is_rank = any(
+            word.startswith((b"LOCAL_RANK=", b"OMPI_COMM_WORLD_RANK=")) for word in environment
+        )
         if is_rank and b"uoe_parallel.pretrain" in command:
             return pid
     raise AssertionError(f"no rank runs on {host}")
@@ -66,12 +68,20 @@ def test_two_hosts_train_as_one_process(
 
 
 @needs_namespaces
-def test_torchrun_goes_on_after_a_rank_of_one_host_was_killed(
-    expected: list[float], tmp_path: Path
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torchrun",
+        pytest.param("mpirun", marks=pytest.mark.slow),
+        pytest.param("deepspeed", marks=pytest.mark.slow),
+    ],
+)
+def test_two_hosts_go_on_after_a_rank_of_one_was_killed(
+    launcher: str, expected: list[float], tmp_path: Path
 ) -> None:
     config, output = _run(tmp_path, save_every=1), tmp_path / "output"
     # So slow a link that the run lasts until it is seen.
-    with two_hosts("torchrun", "--config", config, output=output, rate="4mbit") as process:
+    with two_hosts(launcher, "--config", config, output=output, rate="4mbit") as process:
         wait_until(has_taken(2, tmp_path / "run"), process, output)
         os.kill(_rank_on(host_names(process)[1]), signal.SIGKILL)
         assert process.wait(90) == 0, output.read_text()
