@@ -30,7 +30,8 @@ subnet=10.$(($$ / 256 % 256)).$(($$ % 256))
 
 cleanup() {
     for host in "${hosts[@]}"; do
-        ip netns pids "$host" 2>/dev/null | xargs --no-run-if-empty kill -9
+        # Some end by themselves meanwhile.
+        ip netns pids "$host" 2>/dev/null | xargs --no-run-if-empty kill -9 2>/dev/null || true
         ip netns delete "$host" 2>/dev/null || true
     done
 }
