@@ -27,7 +27,7 @@ LENGTHS = [6, 1, 4, 9]
 Compared = dict[tuple[str, str], list[tuple[Tensor, Tensor]]]
 
 
-FEW = ("top-k", "patches with capacity", "segments, then thresholds", "shared")
+FEW = ("patches with capacity", "segments, then thresholds")
 """Rules for several ranks: the form of decoding is the same for all of them."""
 
 

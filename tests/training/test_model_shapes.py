@@ -147,10 +147,14 @@ def shapes(draw: st.DrawFn) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_drawn_shapes_and_layouts(ranks: Ranks, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "examples"),
+    [(2, 4), (4, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 20), (4, 20)))],
+)
+@pytest.mark.timeout(300)
+def test_drawn_shapes_and_layouts(ranks: Ranks, world_size: int, examples: int) -> None:
     @settings(
-        max_examples=8,
+        max_examples=examples,
         phases=(Phase.explicit, Phase.reuse, Phase.generate),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )

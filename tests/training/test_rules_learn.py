@@ -57,12 +57,26 @@ def losses_of(rules: dict[str, dict[str, Any]], causal: bool) -> dict[str, tuple
     return found
 
 
-@pytest.mark.parametrize(
-    ("rules", "causal"),
-    [(CAUSAL_RULES, True), (BIDIRECTIONAL_RULES, False)],
-    ids=["causal", "bidirectional"],
-)
-def test_every_rule_learns(ranks: Ranks, rules: dict[str, dict[str, Any]], causal: bool) -> None:
+FEW = ("top-k", "threshold", "segments, then thresholds", "expert choice")
+"""One rule of each selection."""
+SETS = {"causal": (CAUSAL_RULES, True), "bidirectional": (BIDIRECTIONAL_RULES, False)}
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_rules_of_each_selection_learn(ranks: Ranks, kind: str) -> None:
+    rules, causal = SETS[kind]
+    few = {name: rule for name, rule in rules.items() if name in FEW}
+    assert few
+    learn(ranks, few, causal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETS)
+def test_every_rule_learns(ranks: Ranks, kind: str) -> None:
+    learn(ranks, *SETS[kind])
+
+
+def learn(ranks: Ranks, rules: dict[str, dict[str, Any]], causal: bool) -> None:
     for rule, (first, last) in ranks(1).run(losses_of, rules, causal)[0].items():
         assert first > 5, rule
         assert last < BELOW[causal], (rule, last)

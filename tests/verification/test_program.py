@@ -114,7 +114,12 @@ def test_layouts_pass(tool: Any, config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "seed"), [("scale-gradient", 0), ("skip-reduction", 0), ("skip-reduction", 1)]
+    ("fault", "seed"),
+    [
+        ("scale-gradient", 0),
+        ("skip-reduction", 0),
+        pytest.param("skip-reduction", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_planted_faults_are_caught_and_named(
     tool: Any, config: Path, fault: str, seed: int
@@ -339,7 +344,7 @@ def test_a_layout_that_breaks_is_a_failure(
 def test_the_script_runs_from_a_shell(config: Path, tmp_path: Path) -> None:
     """With a server of its own to fork ranks from."""
     script = [sys.executable, CHECKOUT / "tools" / "verify_layouts.py"]
-    arguments = ["--config", config, "--ranks", "2", "--layouts", "dp2-zero1, pp2-zero0"]
+    arguments = ["--config", config, "--ranks", "2", "--layouts", "dp2-zero1"]
     arguments += ["--steps", "1"]
     ended = subprocess.run(
         [*map(str, [*script, *arguments]), "--json", str(tmp_path / "results.json")],
@@ -351,13 +356,12 @@ def test_the_script_runs_from_a_shell(config: Path, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended
     # No library had anything to say before.
-    assert ended.stdout.startswith(f"{config}: 2 layouts of up to 2 ranks against one-zero0")
-    assert "all 2 layouts pass" in ended.stdout
+    assert ended.stdout.startswith(f"{config}: 1 layouts of up to 2 ranks against one-zero0")
+    assert "all 1 layouts pass" in ended.stdout
     assert ended.stderr.splitlines() == [
         "starting",
         "one-zero0, the reference",
-        "[1/2] dp2-zero1",
-        "[2/2] pp2-zero0",
+        "[1/1] dp2-zero1",
     ]
 
 

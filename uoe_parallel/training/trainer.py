@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -66,16 +68,24 @@ class Trainer:
     """One run, from its config to its last checkpoint. Built and used by every rank alike."""
 
     def __init__(
-        self, config: RunConfig, groups: ParallelGroups, device: Device, console: TrainingConsole
+        self,
+        config: RunConfig,
+        groups: ParallelGroups,
+        device: Device,
+        console: TrainingConsole,
+        interruption: Interruption | None = None,
     ) -> None:
+        """interruption: whose signals end training. None hears of none."""
         self.config = config
         self.groups = groups
         self.device = device
         self.console = console
         self.folder = RunFolder(config, groups)
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups, console.say)
         self.progress = Progress()
-        self.interruption = Interruption()
+        self._saved_step = 0
+        """Whose state is in a checkpoint, or is that of a run that has not begun."""
+        self._interruption = interruption or Interruption()
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
@@ -126,21 +136,26 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.sequence_length
 
     def train(self) -> None:
-        """Train to the last step, from the newest checkpoint of the run folder if there is one."""
+        """Train to the last step, from the newest checkpoint of the run folder if there is one.
+
+        Raises Interrupted on every rank, with a checkpoint of the last step taken, once a signal
+        has asked one of them to leave.
+        """
         self._open_run()
         routing = RoutingReporter(
             self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
         )
         training, steps = self.config.training, self.config.training.steps
-        if self.step == 0 and training.validate_every > 0:
-            self.evaluate("validation")
-        with self.console.progress(steps, start=self.step):
+        with (
+            self.saver,
+            self._saved_if_interrupted(),
+            self.console.progress(steps, start=self.step),
+        ):
+            self._leave_if_asked()
+            if self.step == 0 and training.validate_every > 0:
+                self.evaluate("validation")
             while self.step < steps:
-                try:
-                    result = self.train_step()
-                except Interrupted:
-                    self.save()
-                    raise
+                result = self.train_step()
                 if result.anomaly is not None and result.anomaly.action == "roll_back":
                     self.recovery.roll_back(result.anomaly)
                     continue
@@ -154,17 +169,19 @@ class Trainer:
                     self.save()
                 elif _is_due(self.step, self.config.replicas.check_every):
                     self.recovery.replicas_agree()
-        self.saver.finish()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
-        over all ranks."""
-        evaluations: dict[Split, Evaluation] = {
-            split: self.evaluate(split) for split in self.evaluated
-        }
+        over all ranks. Raises Interrupted on all of them as `train` does."""
+        evaluations: dict[Split, Evaluation] = {}
+        with self._saved_if_interrupted():
+            for split in self.evaluated:
+                self._leave_if_asked()
+                evaluations[split] = self.evaluate(split)
+            self._leave_if_asked()
         text = None
         if self.config.model.task == "next_token":
-            text = sample_text(self.engine, self.tokenizer, self.config)
+            text = sample_text(self.engine, self.tokenizer)
         self.folder.close()
         return RunSummary(evaluations, text)
 
@@ -224,9 +241,11 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step, unless replicas differ and the run has gone back
         to the one before. Collective over all ranks."""
+        self.folder.confirm()
         if not self.recovery.replicas_agree():
             return
-        pieces = capture(
+        captured = partial(
+            capture,
             self.engine.deepspeed,
             self.model,
             self.groups,
@@ -237,11 +256,12 @@ class Trainer:
             "guard": self.engine.guard.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
-        folder = self.saver.save(self.step, pieces, state)
-        self.console.say(f"checkpoint: {folder}")
+        self.saver.save(self.step, captured, state)
+        self._saved_step = self.step
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
+        self.folder.lock()
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
@@ -255,6 +275,7 @@ class Trainer:
 
     def _restore(self, reader: CheckpointReader) -> None:
         self.progress = Progress.of(reader.state["progress"])
+        self._saved_step = self.step
         self.engine.guard.restore(reader.state["guard"])
         restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
 
@@ -265,7 +286,7 @@ class Trainer:
         not be written, and Interrupted if one of them was asked to leave.
         """
         smallest, largest = token_range(batches, self.config.model.task)
-        signal, failed = self.interruption.signal, int(self.saver.has_failed)
+        signal, failed = self._interruption.signal, int(self.saver.has_failed)
         below, largest, signal, failed = self._greatest(
             -smallest, largest, signal, failed, purpose=Purpose.STEP_AGREEMENT
         )
@@ -274,6 +295,28 @@ class Trainer:
             self.saver.finish()
         if signal:
             raise Interrupted(signal)
+
+    def _leave_if_asked(self) -> None:
+        """Raise Interrupted on every rank if one of them was asked to leave. Collective."""
+        [signal] = self._greatest(self._interruption.signal, purpose=Purpose.AGREEMENT)
+        if signal:
+            raise Interrupted(signal)
+
+    @contextmanager
+    def _saved_if_interrupted(self) -> Iterator[None]:
+        """A block that every rank leaves by Interrupted with a checkpoint of the current step."""
+        try:
+            yield
+        except Interrupted as asked:
+            if self.step != self._saved_step:
+                self.save()
+            self.saver.finish()
+            saved = "checkpoint saved" if self.step > 0 else "nothing to save"
+            self.console.say(
+                f"asked to leave by {Signals(asked.signal).name} after step {self.step}: {saved}, "
+                "the same command continues"
+            )
+            raise
 
     def _greatest(self, *values: int, purpose: Purpose) -> list[int]:
         """Each value's maximum over all ranks. Collective over them."""
@@ -307,6 +350,8 @@ class Trainer:
             **routing.report(),
             **self.routes.report(),
         }
+        if (stalled := self.saver.take_stall()) is not None:
+            values["seconds/checkpoint"] = stalled
         self.folder.record(self.step, "train", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.console.report(self.step, numbers)
