@@ -167,7 +167,7 @@ FAST = [
     ("fp32", 2, {"tensor": 2}, 0),
     ("bf16", 2, {"tensor": 2}, 0),
     ("bf16", 2, {"pipeline": 2}, 1),
-    ("bf16", 2, {"expert": 2}, 1),
+    ("bf16", 2, {}, 1),
 ]
 """Each of DeepSpeed's optimizers and own checks, once."""
 
@@ -207,6 +207,21 @@ def test_skipped_step_moves_nothing(
     # Routing may send a token without a score nowhere, and then the loss is a number.
     assert (activation["step"], activation["gradient_norm"]) == (3, None)
     assert "of step 3 is nan (anomaly 2 in a row)" in activation["what"]
+
+
+@pytest.mark.slow
+def test_skipped_step_of_an_offloaded_optimizer(ranks: Ranks, tmp_path: Path) -> None:
+    """Under ZeRO 3 alone, where DeepSpeed keeps its gradients elsewhere."""
+    sections: dict[str, Any] = {"parallel": {"zero_stage": 3}, "training": {"steps": 4}}
+    offloaded = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config = _config(tmp_path, **sections, anomalies={"not_finite": "skip"}, deepspeed=offloaded)
+    plain = _config(tmp_path / "plain", **sections, anomalies={"not_finite": "skip"})
+    plan: Plan = {1: "gradient", 2: "reduced gradient"}
+    lives, expected = (ranks(2).run(_live, c, plan) for c in (config, plain))
+    for life, other in zip(lives, expected, strict=True):
+        assert life.error is None and life.kept == [True, True]
+        for (_, *values), (_, *others) in zip(life.steps, other.steps, strict=True):
+            assert values == pytest.approx(others, rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
