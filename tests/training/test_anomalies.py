@@ -262,11 +262,14 @@ def test_run_resumed_after_a_skip_judges_on(ranks: Ranks, tmp_path: Path) -> Non
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in tensors.items())
 
 
-def test_roll_back_passes_over_the_data_since_the_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("aside", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_roll_back_passes_over_the_data_since_the_checkpoint(
+    ranks: Ranks, tmp_path: Path, aside: bool
+) -> None:
     sections: dict[str, Any] = {
         "training": {"steps": 6},
         "anomalies": {"not_finite": "roll_back"},
-        "checkpoint": {"every": 3, "keep": 2},
+        "checkpoint": {"every": 3, "keep": 2, "asynchronous": aside},
     }
     config = _config(tmp_path, **sections, parallel={"zero_stage": 1})
     lives = ranks(2).run(_live, config, {4: "gradient"})

@@ -99,8 +99,9 @@ class StepBuffers:
                 )
                 for group in self.rules.parameter_groups
             )
+            largest = max(map(self.rules.partition_size, self.rules.params))
             yield Held(self.rules.states.gradients, self.bucket + self._sent)
-            yield Held(self.rules.states.gradients, self.bucket + 4 * part)
+            yield Held(self.rules.states.gradients, self.bucket + max(4 * part, _NORM * largest))
         elif self.rules.stage == 2:
             yield Held(self._reduced(), self.bucket + self._sent)
             yield from self._partitioned()
@@ -136,8 +137,8 @@ class StepBuffers:
             runs = chain.from_iterable(closed_at(sizes, _AT_ONCE) for sizes in kinds)
             copied += self.rules.reduced_element * max(runs)
         yield Held(self.rules.states.gradients, copied)
-        masters = 4 * self.size if self.rules.is_bf16 else 0
-        yield Held(self.rules.states.gradients, masters + _NORM * self.largest)
+        masters = 4 * self.size if self.rules.is_bf16 else 0  # after the norm
+        yield Held(self.rules.states.gradients, max(masters, _NORM * self.largest))
 
     def _partitioned(self) -> Iterator[Held]:
         """ZeRO 1 and 2: own gradients are flattened group by group."""
