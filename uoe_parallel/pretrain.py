@@ -8,16 +8,21 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from uoe_parallel.config.load import format_config, load_config
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, Interrupted, UserError
+from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
     distributed,
@@ -26,10 +31,15 @@ from uoe_parallel.parallel.groups import (
     world_size_from_environment,
 )
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
+from uoe_parallel.parallel.sameness import check_same
 
 if TYPE_CHECKING:
+    from uoe_parallel.profiling.watch import Watch
     from uoe_parallel.training.console import TrainingConsole
     from uoe_parallel.training.trainer import RunSummary, Trainer
+
+FAREWELL = timedelta(seconds=30)
+"""How long a rank that cannot begin tries to reach the others to tell them."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,61 +70,96 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, or 2 on every rank for a user's mistake."""
+    """Run the program; returns its exit code: 0, 2 on every rank for a user's mistake, or 128 and
+    the number of the signal that asked it to leave."""
     options = parse_arguments(arguments)
     rank = rank_from_environment()
+    world_size = world_size_from_environment()
+    # A config can be looked at anywhere, and run only on the ranks that it asks for.
+    checks = [] if options.print_config else [partial(layout_faults, world_size=world_size)]
     try:
-        world_size = world_size_from_environment()
-        # A config can be looked at anywhere, and run only on the ranks that it asks for.
-        checks = [] if options.print_config else [partial(layout_faults, world_size=world_size)]
         config = load_config(options.config, options.overrides, checks)
-        if options.print_config:
-            if rank == 0:
-                print(format_config(config), end="")
-        else:
-            layout = ParallelLayout.from_config(config.parallel, world_size)
-            _run(_without_record(config) if options.dry_run else config, layout, options)
     except UserError as error:
         if rank == 0:
-            print(f"uoe-pretrain: {error}", file=sys.stderr, flush=True)
+            _complain(error)
+        if not options.print_config:
+            _tell_others(error, rank, world_size)
+        return USER_ERROR_EXIT_CODE
+    if options.print_config:
+        if rank == 0:
+            print(format_config(config), end="")
+        return 0
+    layout = ParallelLayout.from_config(config.parallel, world_size)
+    try:
+        _run(_without_record(config) if options.dry_run else config, layout, options)
+    except UserError as error:
+        if rank == 0:
+            _complain(error)
         return USER_ERROR_EXIT_CODE
     except Interrupted as interrupted:
         return 128 + interrupted.signal
     return 0
 
 
+def _complain(error: object) -> None:
+    print(f"uoe-pretrain: {error}", file=sys.stderr, flush=True)
+
+
+def _tell_others(error: UserError, rank: int, world_size: int) -> None:
+    """See that no rank waits for this one, which cannot begin. Rank 0, if it can, tells the user;
+    it has if it cannot either."""
+    if world_size == 1:
+        return
+    try:
+        with distributed(FAREWELL):
+            _hear_of_faults(error)
+    except UserError:
+        return
+    except RuntimeError:  # there are no others, or none any more
+        if rank > 0:
+            _complain(f"{error} (seen by rank {rank} on {socket.gethostname()})")
+
+
+def _hear_of_faults(own: UserError | None = None) -> None:
+    """Raise UserError on every rank if one of them cannot begin. Collective over all ranks."""
+    with shared_fate("a rank cannot begin", "See to its node", dist.group.WORLD):
+        if own is not None:
+            raise own
+
+
 def _run(config: RunConfig, layout: ParallelLayout, options: argparse.Namespace) -> None:
     with distributed() as device:
+        _hear_of_faults()
+        check_same(config, dist.group.WORLD)
         # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
         from uoe_parallel.training.console import TrainingConsole
+        from uoe_parallel.training.interruption import Interruption
         from uoe_parallel.training.trainer import Trainer
 
         groups = start_groups(layout)
-        console = TrainingConsole(quiet=not groups.is_main)
-        trainer = Trainer(config, groups, device, console)
-        _introduce(config, groups, trainer, console)
-        with _watched(trainer):
+        # Until here a signal ends the process as it ends any other: there is nothing to save.
+        with Interruption() as interruption, _watched(config, groups) as watch:
+            console = TrainingConsole(quiet=not groups.is_main)
+            trainer = Trainer(config, groups, device, console, interruption)
+            if watch is not None:
+                trainer.observers = (*trainer.observers, watch)
+            _introduce(config, groups, trainer, console)
             if options.dry_run:
                 _dry_run(trainer, console)
                 return
             _profile(trainer, console)
-            with trainer.interruption:
+            with closing(trainer.folder):
                 trainer.train()
-            _conclude(config, options, trainer.finish(), console)
+                _conclude(config, options, trainer.finish(), console)
 
 
-@contextmanager
-def _watched(trainer: Trainer) -> Iterator[None]:
+def _watched(config: RunConfig, groups: ParallelGroups) -> AbstractContextManager[Watch | None]:
     """A block in which ranks wait for each other no longer than the config allows."""
-    limit = trainer.config.profile.wait_limit
-    if limit is None:
-        yield
-        return
+    if config.profile.wait_limit is None:
+        return nullcontext()
     from uoe_parallel.profiling.watch import Watch
 
-    with Watch(trainer.groups, limit) as watch:
-        trainer.observers = (*trainer.observers, watch)
-        yield
+    return Watch(groups, config.profile.wait_limit)
 
 
 def _profile(trainer: Trainer, console: TrainingConsole) -> None:

@@ -2,90 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.harness import Ranks
 from tests.programs import call_program, metrics, only_complaint, write_run
-from uoe_parallel.checkpoint import find_checkpoint
+from tests.training.runs import config_of, live, tensors_of
 from uoe_parallel.config.load import load_config
-from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.parallel.groups import distributed, start_groups
-from uoe_parallel.parallel.layout import ParallelLayout
-from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.metrics import Values
-from uoe_parallel.training.trainer import Trainer
-
-
-class _Crash(Exception):
-    """The end of the program in the middle of the loop."""
-
-
-class Step(NamedTuple):
-    """What a rank saw of a step."""
-
-    loss: float
-    gradient_norm: float
-    random: float
-    """A number drawn after the step, from a stream that differs between ranks."""
-
-
-class Life(NamedTuple):
-    """What a rank saw of one call of the program."""
-
-    steps: dict[int, Step]
-    validation: float | None
-    err: str
-
-
-class _Witness(TrainingConsole):
-    def __init__(self, crash_after: int | None) -> None:
-        super().__init__(quiet=True)
-        self.steps: dict[int, Step] = {}
-        self._crash_after = crash_after
-
-    def report(self, step: int, values: Values) -> None:
-        super().report(step, values)
-        loss, norm = values["loss"], values["gradient_norm"]
-        assert isinstance(loss, float) and isinstance(norm, float)
-        # Dropout has streams of its own; the drawn amount tells ranks apart.
-        draws = torch.rand(dist.get_rank() + 1)
-        self.steps[step] = Step(loss, norm, draws[-1].item())
-        if step == self._crash_after:
-            raise _Crash
-
-
-def _live(config: RunConfig, crash_after: int | None = None) -> Life:
-    """On every rank: train to the last step, or until right after step `crash_after`."""
-    err, console = io.StringIO(), _Witness(crash_after)
-    with redirect_stderr(err), distributed() as device:
-        groups = start_groups(ParallelLayout.from_config(config.parallel, dist.get_world_size()))
-        trainer = Trainer(config, groups, device, console)
-        try:
-            trainer.train()
-        except _Crash:
-            return Life(console.steps, None, err.getvalue())
-        return Life(console.steps, trainer.evaluate("validation").loss, err.getvalue())
-
-
-def _config(folder: Path, **sections: Any) -> RunConfig:
-    return load_config(write_run(folder, **sections))
-
-
-def _tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint, which is of `step`."""
-    reader = find_checkpoint(run_dir / "checkpoints", None)
-    assert reader is not None and reader.step == step
-    keys = reader.keys()
-    return {key: reader.read(key) for key in keys}
-
 
 LAYOUTS: list[tuple[str, int, dict[str, int], int]] = [
     *(("fp32", 4, {"tensor": 2}, stage) for stage in range(4)),
@@ -145,12 +71,14 @@ def test_resumed_run_equals_the_run_that_never_stopped(
             "recompute": "selective" if precision == "fp32" else "none",
         },
     }
-    straight = _config(tmp_path / "straight", **sections)
-    broken = _config(tmp_path / "broken", **sections, checkpoint={"every": 3})
+    straight = config_of(tmp_path / "straight", **sections)
+    broken = config_of(
+        tmp_path / "broken", **sections, checkpoint={"every": 3, "asynchronous": True}
+    )
     assert not straight.checkpoint.every, "saving may not change anything either"
-    expected = ranks(world_size).run(_live, straight)
-    before = ranks(world_size).run(_live, broken, crash_after=4)
-    after = ranks(world_size).run(_live, broken)
+    expected = ranks(world_size).run(live, straight)
+    before = ranks(world_size).run(live, broken, crash_after=4)
+    after = ranks(world_size).run(live, broken)
 
     for whole, first, rest in zip(expected, before, after, strict=True):
         assert list(whole.steps) == [1, 2, 3, 4, 5, 6]
@@ -158,7 +86,7 @@ def test_resumed_run_equals_the_run_that_never_stopped(
         assert {**first.steps, **rest.steps} == whole.steps
         assert rest.validation == whole.validation
     assert len({life.steps[6].random for life in after}) == world_size
-    tensors, resumed = (_tensors(Path(c.run_dir), steps) for c in (straight, broken))
+    tensors, resumed = (tensors_of(Path(c.run_dir), steps) for c in (straight, broken))
     assert tensors.keys() == resumed.keys()
     assert any(key.endswith("/master") for key in tensors) == (precision == "bf16")
     learned = {"Threshold/threshold", "Threshold/spread", "Threshold/steps", "LoadBias/bias"}
@@ -177,8 +105,8 @@ def test_resumed_run_equals_the_run_that_never_stopped(
 
 def test_every_step_has_data_of_its_own(ranks: Ranks, tmp_path: Path) -> None:
     """Weights that do not move show another loss on other data only."""
-    config = _config(tmp_path, training={"steps": 3, "learning_rate": 1e-30, "weight_decay": 0.0})
-    [life] = ranks(1).run(_live, config)
+    config = config_of(tmp_path, training={"steps": 3, "learning_rate": 1e-30, "weight_decay": 0.0})
+    [life] = ranks(1).run(live, config)
     assert len({step.loss for step in life.steps.values()}) == 3
 
 
@@ -193,7 +121,7 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         training={"steps": 2},
         checkpoint={"every": 1, "keep": 2},
     )
-    life, _ = ranks(2).run(_live, load_config(path))
+    life, _ = ranks(2).run(live, load_config(path))
     assert life.validation is not None
     return path, life.validation
 
@@ -202,23 +130,6 @@ def _copy(saved: tuple[Path, float], target: Path) -> str:
     """The override that names a copy of the saved run's folder."""
     shutil.copytree(saved[0].parent / "run", target)
     return f"run_dir={target}"
-
-
-@pytest.mark.parametrize("victim", ["rank-00001.safetensors", "manifest.json"])
-def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(
-    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, victim: str
-) -> None:
-    config = load_config(saved[0], [_copy(saved, tmp_path / "run")])
-    damaged = tmp_path / "run" / "checkpoints" / "step-00000002" / victim
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    first, second = ranks(2).run(_live, config)
-
-    for word in ("damaged", "step-00000002", victim):
-        assert word in first.err
-    assert second.err == ""
-    assert list(first.steps) == list(second.steps) == [2]
-    assert first.validation == saved[1]
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_no_whole_checkpoint_is_refused_instead_of_starting_over(
@@ -281,7 +192,7 @@ def test_data_that_moved_is_taken(ranks: Ranks, saved: tuple[Path, float], tmp_p
     for file in saved[0].parent.glob("train.*"):
         shutil.copy(file, tmp_path)
     overrides = [_copy(saved, tmp_path / "run"), f"data.train={tmp_path / 'train'}"]
-    life, _ = ranks(2).run(_live, load_config(saved[0], [*overrides, "training.steps=3"]))
+    life, _ = ranks(2).run(live, load_config(saved[0], [*overrides, "training.steps=3"]))
     assert list(life.steps) == [3]
 
 
@@ -290,24 +201,8 @@ def test_dropout_and_recomputation_may_change(
 ) -> None:
     changes = ["model.dropout=0.1", "model.attention_dropout=0.1", "training.recompute=full"]
     overrides = [_copy(saved, tmp_path / "run"), *changes, "training.steps=3"]
-    life, _ = ranks(2).run(_live, load_config(saved[0], overrides))
+    life, _ = ranks(2).run(live, load_config(saved[0], overrides))
     assert list(life.steps) == [3]
-
-
-@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), [(1, 1, 1), (2, 1, 3), (4, 4, 0)])
-def test_checkpoint_loads_under_another_layout(
-    ranks: Ranks,
-    saved: tuple[Path, float],
-    tmp_path: Path,
-    world_size: int,
-    tensor: int,
-    zero_stage: int,
-) -> None:
-    layout = [f"parallel.tensor={tensor}", f"parallel.zero_stage={zero_stage}"]
-    config = load_config(saved[0], [_copy(saved, tmp_path / "run"), *layout])
-    for life in ranks(world_size).run(_live, config):
-        assert life.steps == {}
-        assert life.validation == pytest.approx(saved[1], rel=1e-5)
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.analysis.naming import Naming
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.purposes import Phase, Purpose
+from uoe_parallel.parallel.purposes import Phase, Purpose, is_aside
 
 OPERATIONS = {
     "allreduce": ("all_reduce", 0),
@@ -102,7 +102,7 @@ class Interception:
     libraries keep copies: megatron-core's, DeepSpeed's and our own calls are all seen, and each
     once, those of backward passes included. Nothing is replaced while no such context is open; of
     several, the one that was opened last is to be closed first. Groups of one rank move nothing and
-    are left out.
+    are left out, and so is what goes on `aside`.
     """
 
     refuses_unknown = False
@@ -157,7 +157,7 @@ class Interception:
         operation, place = OPERATIONS[name]
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if group.size() == 1:
+            if group.size() == 1 or is_aside():
                 return original(group, *args, **kwargs)
             payload = 0 if place is None else _bytes(args[place])
             note = self.called(self._call(operation, group, payload, args, kwargs))

@@ -7,10 +7,12 @@ None means that this process works alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,37 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from uoe_parallel.config.faults import show
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.purposes import Purpose, labelled
+
+_RANKS_TOLD = 8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A name that has not the same value on all ranks."""
+
+    name: str
+    holders: Sequence[tuple[Any, Sequence[int]]]
+    """The values (JSON, None where a rank does not have the name) and the ranks that have each, in
+    the order of their lowest ranks."""
+    hosts: Sequence[str]
+    """Of the lowest rank of each value."""
+
+    def __str__(self) -> str:
+        """`training.steps is 4 on ranks 0, 2 (first), 6 on rank 1 (second)`"""
+        told = (
+            f"{show(value)} on {_told(ranks)} ({host})"
+            for (value, ranks), host in zip(self.holders, self.hosts, strict=True)
+        )
+        return f"{self.name} is {', '.join(told)}"
+
+
+def _told(ranks: Sequence[int]) -> str:
+    few = ", ".join(map(str, ranks[:_RANKS_TOLD]))
+    more = len(ranks) - _RANKS_TOLD
+    return f"rank{'s' * (len(ranks) > 1)} {few}{f' and {more} more' if more > 0 else ''}"
 
 
 def rank_in(group: ProcessGroup | None) -> int:
@@ -71,6 +102,32 @@ def _broadcast(message: Tensor, group: ProcessGroup) -> Tensor:
         message = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(message, group=group, group_src=0)
     return message
+
+
+def first_difference(values: Mapping[str, Any], group: ProcessGroup | None) -> Difference | None:
+    """The first name, in rank 0's order, whose value (JSON) is not the same on all ranks: the same
+    answer on every rank. Collective.
+
+    Only a digest of the values is sent if nothing differs.
+    """
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    if broadcast_json(len(set(gather_json(digest, group))) < 2, group):
+        return None
+    own = {"values": dict(values), "host": socket.gethostname()}
+    return Difference(**broadcast_json(_difference(gather_json(own, group)), group))
+
+
+def _difference(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What makes a `Difference`, of every rank's report; None of no reports."""
+    for name in {name: None for report in reports for name in report["values"]}:
+        holders: dict[str, tuple[Any, list[int]]] = {}
+        for rank, report in enumerate(reports):
+            value = report["values"].get(name)
+            holders.setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(rank)
+        if len(holders) > 1:
+            hosts = [reports[ranks[0]]["host"] for _, ranks in holders.values()]
+            return {"name": name, "holders": list(holders.values()), "hosts": hosts}
+    return None
 
 
 @contextmanager

@@ -62,18 +62,18 @@ class Purpose(StrEnum):
     KEPT_WEIGHTS = "weights kept whole", "ZeRO"
     BALANCE = "balance counts", "control"
     RULES = "routing rules", "control"
-    GRADIENT_NORM = "gradient norm", "control"
+    JUDGEMENT = "loss and gradient norm", "control"
     DEEPSPEED_CHECKS = "DeepSpeed's checks", "control"
     DEEPSPEED_LOSS = "DeepSpeed's loss", "control"
     TOKEN_RANGE = "smallest and largest token", "control"
     STEP_AGREEMENT = "whether to take the step", "control"
     VALID_TOKENS = "number of valid tokens", "control"
-    STEP_LOSS = "loss of the step", "control"
     SETUP = "setup", "control"
     AGREEMENT = "agreement", "control"
     REPORT = "report", "control"
     EVALUATION = "evaluation", "control"
     CHECKPOINT = "checkpoint", "control"
+    REPLICAS = "checksums of replicas", "control"
     MEASUREMENT = "measurement", "control"
     OTHER = "other", "control"
 
@@ -85,6 +85,7 @@ _Label = tuple[Purpose, ProcessGroup]
 _KEY = "uoe_parallel.purpose"
 _label: ContextVar[_Label | None] = ContextVar("label", default=None)
 _phase: ContextVar[Phase] = ContextVar("phase", default="step")
+_is_aside: ContextVar[bool] = ContextVar("is_aside", default=False)
 
 
 def labelled(
@@ -120,6 +121,22 @@ def during(phase: Phase) -> Iterator[None]:
         yield
     finally:
         _phase.reset(before)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is called in the block, by a thread beside the one that trains, is no part of the run's
+    own sequence of collectives: those who look on at that leave it out."""
+    before = _is_aside.set(True)
+    try:
+        yield
+    finally:
+        _is_aside.reset(before)
+
+
+def is_aside() -> bool:
+    """Whether what is being called is `aside`."""
+    return _is_aside.get()
 
 
 def current_purpose(group: ProcessGroup) -> Purpose | None:

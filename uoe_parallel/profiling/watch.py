@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,20 +13,23 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from uoe_parallel.analysis.observe import Call, Interception
 from uoe_parallel.errors import HANG_EXIT_CODE
+from uoe_parallel.parallel.agreement import broadcast_json, gather_json
 from uoe_parallel.parallel.groups import ParallelGroups
 
 _VERDICT = "verdict"
 _LOOKS = 3
-"""Ticks between a first and a second look at who is missing."""
+"""Ticks in which every rank tells of itself."""
 _States = Mapping[int, dict[str, Any]]
 """By rank, what it told of itself last."""
 
@@ -50,16 +54,20 @@ class _Wait:
 class Watch(Interception):
     """A context in which no collective waits for longer than `limit` seconds.
 
-    Every rank opens it at the same place. A thread of each tells the others through the default
+    Opening it is collective over all ranks. A thread of each tells the others through the default
     store how far its rank has come. When a collective waits beyond the limit, the first rank to
     find out says so on stderr, with the ranks that have not arrived, and all ranks end with
     `HANG_EXIT_CODE`: also one that hangs in Python. One that is stopped, or hangs in code that
-    holds Python's lock, is left to the launcher, which ends it when the others have gone.
+    holds Python's lock, gets SIGKILL from those on its machine; alone there, it is left to the
+    launcher, which ends it when the others have gone.
+
+    Before the first step one rank may rightly read or build for long: those that answer are waited
+    for, and the others count as missing once they have been silent for as long again.
     """
 
     def __init__(self, groups: ParallelGroups, limit: float) -> None:
         super().__init__(groups)
-        self._rank, self._world = groups.rank, groups.layout.world_size
+        self._rank, self._world = groups.rank, groups.world
         self._limit = limit
         self._tick = min(limit / 8, 1.0)
         """Seconds between two looks."""
@@ -70,7 +78,13 @@ class Watch(Interception):
         self._queued: deque[_Wait] = deque()
         """What the caller has gone on from, and its stream not yet, in the stream's order."""
         self._queue_lock = threading.Lock()
+        self._has_begun = False
+        """Whether a step has."""
         self._place = "before the first step"
+        self._processes: list[dict[str, Any]] = []
+        """Of each rank."""
+        self._answered = time.monotonic()
+        """When the store did last."""
         self._closed, self._ending = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._look, self._give_up)
@@ -79,6 +93,7 @@ class Watch(Interception):
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """As `StepObserver`."""
+        self._has_begun = True
         self._place = f"in step {number}"
         yield
         self._place = f"after step {number}"
@@ -109,6 +124,8 @@ class Watch(Interception):
             return self._queued[0] if self._queued else self._waiting
 
     def __enter__(self) -> Self:
+        world = self._world
+        self._processes = broadcast_json(gather_json(_this_process(), world), world)
         super().__enter__()
         for thread in self._threads:
             thread.start()
@@ -138,31 +155,46 @@ class Watch(Interception):
             try:
                 store.set(str(self._rank), json.dumps(self._state(beat)))
                 if store.check([_VERDICT]):
-                    self._end()
+                    self._end(json.loads(store.get(_VERDICT)))
+                self._answered = time.monotonic()
                 if (late := self._late()) is None:
                     suspected = None
                 elif suspected is None or suspected[0] is not late:
                     # Who has arrived just now will have told when it is looked at again.
                     suspected = (late, beat, self._states(store, late.call.ranks))
-                elif beat - suspected[1] >= _LOOKS:
-                    report = self._report(late, suspected[2], self._states(store, late.call.ranks))
+                elif beat - suspected[1] >= self._looks():
+                    now = self._states(store, late.call.ranks)
+                    silent = self._silent(late, suspected[2], now)
+                    if not silent and not self._has_begun:
+                        suspected = None
+                        continue
                     if store.add("reporters", 1) == 1:
-                        _say(report)
-                        store.set(_VERDICT, str(self._rank))
-                    self._end()
+                        _say(self._report(late, silent, now))
+                        store.set(_VERDICT, json.dumps(silent))
+                    self._end(silent)
             except RuntimeError:  # the process that keeps the store has gone, or closes
                 return
 
     def _give_up(self) -> None:
         """Where the store does not answer, whose process may be what is stopped or gone."""
+        grace = 3 * _LOOKS * self._tick
         while not self._closed.wait(self._tick):
-            late = self._late(grace=3 * _LOOKS * self._tick)
-            if late is not None and not self._ending.is_set():
-                _say(
-                    f"rank {self._rank} {self._told(late)} Nobody can say who is missing: ranks "
-                    "don't reach their store, whose process may be stopped or gone"
-                )
-                os._exit(HANG_EXIT_CODE)
+            late = self._late(grace)
+            if late is None or time.monotonic() - self._answered < grace or self._ending.is_set():
+                continue
+            _say(
+                f"rank {self._rank} {self._told(late)} Nobody can say who is missing: ranks don't "
+                "reach their store, whose process may be stopped or gone"
+            )
+            for rank, process in enumerate(self._processes):
+                if rank != self._rank:
+                    _kill(process, if_status=psutil.STATUS_STOPPED)
+            os._exit(HANG_EXIT_CODE)
+
+    def _looks(self) -> int:
+        """Ticks between a first and a second look at who is missing. What reads or builds may hold
+        Python's lock for a while."""
+        return _LOOKS if self._has_begun else max(_LOOKS, round(self._limit / self._tick))
 
     def _late(self, grace: float = 0.0) -> _Wait | None:
         """What waits beyond the limit, and `grace` seconds more."""
@@ -183,16 +215,23 @@ class Watch(Interception):
         told = (rank for rank in ranks if store.check([str(rank)]))
         return {rank: json.loads(store.get(str(rank))) for rank in told}
 
-    def _report(self, late: _Wait, before: _States, now: _States) -> str:
+    def _silent(self, late: _Wait, before: _States, now: _States) -> list[int]:
+        """Those of the ranks of `late` that have not told of themselves since `before`."""
+
+        def beat(states: _States, rank: int) -> int:
+            return states[rank]["beat"] if rank in states else -1
+
+        ranks = (rank for rank in late.call.ranks if rank != self._rank)
+        return [rank for rank in ranks if beat(now, rank) <= beat(before, rank)]
+
+    def _report(self, late: _Wait, silent: list[int], now: _States) -> str:
         way = str(late.call.way)
         missing = []
         for rank in late.call.ranks:
-            state = now.get(rank)
-            is_silent = state is None or (rank in before and state["beat"] == before[rank]["beat"])
-            if is_silent and rank != self._rank:
+            if rank in silent:
                 missing.append(f"rank {rank}, which does not answer: stopped or gone")
-            elif state is not None and state["reached"].get(way, 0) < late.number:
-                missing.append(f"rank {rank}, which {state['doing']}")
+            elif now[rank]["reached"].get(way, 0) < late.number:
+                missing.append(f"rank {rank}, which {now[rank]['doing']}")
         who = "; ".join(missing) or "nobody: all ranks called it, and the transfer does not end"
         return f"rank {self._rank} {self._told(late)} Not there: {who}"
 
@@ -203,11 +242,35 @@ class Watch(Interception):
             f"{axis} group, {self._place}."
         )
 
-    def _end(self) -> None:
+    def _end(self, silent: list[int]) -> None:
         self._ending.set()
+        for rank in silent:
+            _kill(self._processes[rank])
         time.sleep(2 * self._tick)  # all ranks see the verdict before one leaves
         os._exit(HANG_EXIT_CODE)
 
 
 def _say(report: str) -> None:
     print(f"uoe-pretrain: {report}", file=sys.stderr, flush=True)
+
+
+def _this_process() -> dict[str, Any]:
+    """As JSON, so that another one on the same machine finds it, and no other by its number."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    system = f"{boot.strip()} {Path('/proc/self/ns/pid').readlink()}"
+    return {"system": system, "id": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _kill(process: dict[str, Any], if_status: str | None = None) -> None:
+    """End what `_this_process` told of on a rank, if it is on this machine and still there, and is
+    in that state. One that does not run its code does not heed any other signal."""
+    if process["system"] != _this_process()["system"]:
+        return
+    try:
+        found = psutil.Process(process["id"])
+        # The start is counted in hundredths of a second.
+        is_same = abs(found.create_time() - process["started"]) < 1.0
+        if is_same and if_status in (None, found.status()):
+            found.send_signal(signal.SIGKILL)
+    except psutil.Error:  # it has gone, or is another user's
+        return

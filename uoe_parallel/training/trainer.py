@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -32,27 +34,22 @@ from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.engine import DTYPES
+from uoe_parallel.training.engine import DTYPES, StepResult
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
-from uoe_parallel.training.generation import sample
+from uoe_parallel.training.generation import sample_text
 from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
+from uoe_parallel.training.recovery import Recovery
 from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import RoutingReporter
 from uoe_parallel.training.run_folder import RunFolder
 from uoe_parallel.training.saving import Saver
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
-
-SAMPLE_PROMPT = "def "
-SAMPLE_TOKENS = 200
-SAMPLE_TEMPERATURE = 0.7
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 Split = Literal["validation", "test"]
 
@@ -67,29 +64,28 @@ class RunSummary:
     """Sampled from the model, if it predicts next tokens."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step reports, the same on every rank."""
-
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-
-
 class Trainer:
     """One run, from its config to its last checkpoint. Built and used by every rank alike."""
 
     def __init__(
-        self, config: RunConfig, groups: ParallelGroups, device: Device, console: TrainingConsole
+        self,
+        config: RunConfig,
+        groups: ParallelGroups,
+        device: Device,
+        console: TrainingConsole,
+        interruption: Interruption | None = None,
     ) -> None:
+        """interruption: whose signals end training. None hears of none."""
         self.config = config
         self.groups = groups
         self.device = device
         self.console = console
         self.folder = RunFolder(config, groups)
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, groups, console.say)
         self.progress = Progress()
-        self.interruption = Interruption()
+        self._saved_step = 0
+        """Whose state is in a checkpoint, or is that of a run that has not begun."""
+        self._interruption = interruption or Interruption()
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
@@ -127,6 +123,7 @@ class Trainer:
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
+        self.recovery = Recovery(self, self._restore)
         self.observers: Sequence[StepObserver] = ()
 
     @property
@@ -139,45 +136,60 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.sequence_length
 
     def train(self) -> None:
-        """Train to the last step, from the newest checkpoint of the run folder if there is one."""
+        """Train to the last step, from the newest checkpoint of the run folder if there is one.
+
+        Raises Interrupted on every rank, with a checkpoint of the last step taken, once a signal
+        has asked one of them to leave.
+        """
         self._open_run()
         routing = RoutingReporter(
             self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
         )
         training, steps = self.config.training, self.config.training.steps
-        if self.step == 0 and training.validate_every > 0:
-            self.evaluate("validation")
-        with self.console.progress(steps, start=self.step):
+        with (
+            self.saver,
+            self._saved_if_interrupted(),
+            self.console.progress(steps, start=self.step),
+        ):
+            self._leave_if_asked()
+            if self.step == 0 and training.validate_every > 0:
+                self.evaluate("validation")
             while self.step < steps:
-                try:
-                    result = self.train_step()
-                except Interrupted:
-                    self.save()
-                    raise
+                result = self.train_step()
+                if result.anomaly is not None and result.anomaly.action == "roll_back":
+                    self.recovery.roll_back(result.anomaly)
+                    continue
                 last = self.step == steps
-                if last or self.step % self.config.logging.every == 0:
+                reports = last or self.step % self.config.logging.every == 0
+                if reports and result.anomaly is None:
                     self._report(result, routing)
                 if not last and _is_due(self.step, training.validate_every):
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
-        self.saver.finish()
+                elif _is_due(self.step, self.config.replicas.check_every):
+                    self.recovery.replicas_agree()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
-        over all ranks."""
-        evaluations: dict[Split, Evaluation] = {
-            split: self.evaluate(split) for split in self.evaluated
-        }
-        text = self.sample_text() if self.config.model.task == "next_token" else None
+        over all ranks. Raises Interrupted on all of them as `train` does."""
+        evaluations: dict[Split, Evaluation] = {}
+        with self._saved_if_interrupted():
+            for split in self.evaluated:
+                self._leave_if_asked()
+                evaluations[split] = self.evaluate(split)
+            self._leave_if_asked()
+        text = None
+        if self.config.model.task == "next_token":
+            text = sample_text(self.engine, self.tokenizer)
         self.folder.close()
         return RunSummary(evaluations, text)
 
     def train_step(self) -> StepResult:
-        """Take one optimizer step; `step` counts it.
+        """Take one optimizer step, or skip it for an anomaly; `step` counts it.
 
-        Raises UserError on every rank for a token beyond the vocabulary and for a loss or a
-        gradient that is not finite.
+        Raises UserError on every rank for a token beyond the vocabulary and for an anomaly that
+        ends the run. To roll back is left to the caller.
         """
         training = self.config.training
         with ExitStack() as around:
@@ -199,11 +211,12 @@ class Trainer:
                 self._agree_on_step(batches)
                 batches = [batch.to(self.device.torch_device) for batch in batches]
             with self.routes.step(self.step):
-                result = StepResult(*self.engine.step(batches, self.step, self.timer))
-        self._check_finite(result)
+                result = self.engine.step(batches, self.step, self.timer)
+        if result.anomaly is not None:
+            self.recovery.tell(result, result.anomaly)
         self.progress.step += 1
         self.progress.batch += 1
-        self.progress.updates += 1
+        self.progress.updates += result.anomaly is None
         return result
 
     def evaluate(self, split: Split) -> Evaluation:
@@ -225,32 +238,14 @@ class Trainer:
         self.console.say(f"{split}: loss {evaluation.describe()} after step {self.step}")
         return evaluation
 
-    def sample_text(self) -> str:
-        """A continuation of a short prompt. Every rank takes part and gets the same text."""
-        # The end of another document comes before the text, unless documents don't see each other.
-        before = [] if self.config.data.reset_at_documents else [self.tokenizer.eod]
-        self.engine.deepspeed.eval()
-        with self.model.replicated_tokens():
-            ids = sample(
-                self.engine.logits,
-                [*before, *self.tokenizer.encode(SAMPLE_PROMPT).tolist()],
-                by_token=self.model.decodes_by_token,
-                # What another document begins with, nothing has been trained to say.
-                stop=self.tokenizer.eod if self.config.data.reset_at_documents else None,
-                num_tokens=SAMPLE_TOKENS,
-                context=self.config.model.sequence_length,
-                temperature=SAMPLE_TEMPERATURE,
-                seed=self.config.seed,
-                device=self.device.torch_device,
-            )
-        self.engine.deepspeed.train()
-        text = SAMPLE_PROMPT + self.tokenizer.decode(ids)
-        # A terminal must not obey what a young model says.
-        return "".join(c if c.isprintable() or c == "\n" else REPLACEMENT for c in text)
-
     def save(self) -> None:
-        """Write a checkpoint of the current step. Collective over all ranks."""
-        pieces = capture(
+        """Write a checkpoint of the current step, unless replicas differ and the run has gone back
+        to the one before. Collective over all ranks."""
+        self.folder.confirm()
+        if not self.recovery.replicas_agree():
+            return
+        captured = partial(
+            capture,
             self.engine.deepspeed,
             self.model,
             self.groups,
@@ -258,13 +253,15 @@ class Trainer:
         )
         state = {
             "progress": self.progress.as_state(),
+            "guard": self.engine.guard.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
-        folder = self.saver.save(self.step, pieces, state)
-        self.console.say(f"checkpoint: {folder}")
+        self.saver.save(self.step, captured, state)
+        self._saved_step = self.step
 
     def _open_run(self) -> None:
         """Resume or start: load state, save the config, open the metrics."""
+        self.folder.lock()
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
@@ -278,6 +275,8 @@ class Trainer:
 
     def _restore(self, reader: CheckpointReader) -> None:
         self.progress = Progress.of(reader.state["progress"])
+        self._saved_step = self.step
+        self.engine.guard.restore(reader.state["guard"])
         restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
 
     def _agree_on_step(self, batches: list[MicroBatch]) -> None:
@@ -287,7 +286,7 @@ class Trainer:
         not be written, and Interrupted if one of them was asked to leave.
         """
         smallest, largest = token_range(batches, self.config.model.task)
-        signal, failed = self.interruption.signal, int(self.saver.has_failed)
+        signal, failed = self._interruption.signal, int(self.saver.has_failed)
         below, largest, signal, failed = self._greatest(
             -smallest, largest, signal, failed, purpose=Purpose.STEP_AGREEMENT
         )
@@ -296,6 +295,28 @@ class Trainer:
             self.saver.finish()
         if signal:
             raise Interrupted(signal)
+
+    def _leave_if_asked(self) -> None:
+        """Raise Interrupted on every rank if one of them was asked to leave. Collective."""
+        [signal] = self._greatest(self._interruption.signal, purpose=Purpose.AGREEMENT)
+        if signal:
+            raise Interrupted(signal)
+
+    @contextmanager
+    def _saved_if_interrupted(self) -> Iterator[None]:
+        """A block that every rank leaves by Interrupted with a checkpoint of the current step."""
+        try:
+            yield
+        except Interrupted as asked:
+            if self.step != self._saved_step:
+                self.save()
+            self.saver.finish()
+            saved = "checkpoint saved" if self.step > 0 else "nothing to save"
+            self.console.say(
+                f"asked to leave by {Signals(asked.signal).name} after step {self.step}: {saved}, "
+                "the same command continues"
+            )
+            raise
 
     def _greatest(self, *values: int, purpose: Purpose) -> list[int]:
         """Each value's maximum over all ranks. Collective over them."""
@@ -311,18 +332,6 @@ class Trainer:
                 f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
                 "tokenizer or name the one it was made with"
             )
-
-    def _check_finite(self, result: StepResult) -> None:
-        """End the run before a loss or a gradient that is not finite can reach a checkpoint."""
-        for name, value in (("loss", result.loss), ("gradient norm", result.gradient_norm)):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the {name} of step {self.step + 1} is {value}, and training stopped. "
-                    "Checkpoints in the run folder are untouched: lower training.learning_rate "
-                    f"({self.config.training.learning_rate}) or raise training.warmup_steps "
-                    f"({self.config.training.warmup_steps}), and start again to continue from "
-                    "the newest one"
-                )
 
     def _report(self, result: StepResult, routing: RoutingReporter) -> None:
         seconds = self.timer.take()
@@ -341,6 +350,8 @@ class Trainer:
             **routing.report(),
             **self.routes.report(),
         }
+        if (stalled := self.saver.take_stall()) is not None:
+            values["seconds/checkpoint"] = stalled
         self.folder.record(self.step, "train", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.console.report(self.step, numbers)
