@@ -56,7 +56,10 @@ def _rank_on(host: str) -> int:
 
 
 @needs_namespaces
-@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["mpirun", "deepspeed", pytest.param("deepspeed-by-ssh", marks=pytest.mark.slow)],
+)
 def test_two_hosts_train_as_one_process(
     launcher: str, expected: list[float], tmp_path: Path
 ) -> None:
