@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from uoe_parallel.pretrain import main
 
@@ -22,6 +22,15 @@ SECONDS = 90
 """In which a life has to be over."""
 GRACE = 20
 """Seconds in which the others have to follow the first one that ends badly."""
+
+
+class Planted(Protocol):
+    """What is done to the code of a rank before it calls the program."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def plant(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def live(
     log: Path,
     world_size: int,
     *arguments: str | Path,
-    happenings: Sequence[Happening] = (),
+    happenings: Sequence[Planted] = (),
     own: Mapping[int, Sequence[str | Path]] | None = None,
 ) -> Life:
     """Call the program on `world_size` ranks. `log`: a folder for what they say; `own`: arguments
@@ -120,7 +129,7 @@ def _rank(
     port: int,
     log: Path,
     arguments: list[str],
-    happenings: Sequence[Happening],
+    happenings: Sequence[Planted],
 ) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import socket
+import time
+from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.harness import Ranks
+from tests.lives import live
 from tests.model.cases import start
 from tests.profiling.hanging import SLEEPING, STOPPED, rank
 from tests.programs import write_run
@@ -48,6 +54,44 @@ def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
         "whether to take the step (step) over ranks 0, 1, 2 of the world group, in step 1. Not "
         "there: rank 1, which is in code of its own; rank 2, which does not answer: stopped or gone"
     ]
+
+
+@dataclass(frozen=True)
+class _Building:
+    """Rank 1 builds its engine until rank 0 has found it missing, and then is stopped."""
+
+    rank: int
+    found: Path
+
+    def plant(self) -> None:
+        owner: Any
+        if self.rank == 0:
+            owner, name = watch.Watch, "_silent"
+        else:
+            owner, name = import_module("uoe_parallel.training.trainer"), "build_engine"
+        real = getattr(owner, name)
+
+        def planted(*args: Any) -> Any:
+            if self.rank == 0:
+                result = real(*args)
+                self.found.touch()
+                return result
+            while not self.found.exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return real(*args)
+
+        setattr(owner, name, planted)
+
+
+@pytest.mark.usefixtures("ranks")
+def test_rank_that_builds_for_long_is_waited_for_until_it_is_silent(tmp_path: Path) -> None:
+    config = write_run(tmp_path, profile={"wait_limit": 1})
+    planted = [_Building(rank, tmp_path / "found") for rank in range(2)]
+    life = live(tmp_path / "log", 2, "--config", config, happenings=planted)
+    assert life.codes == [HANG_EXIT_CODE, -signal.SIGKILL], life
+    assert life.err[0].count("uoe-pretrain: ") == 1 and life.err[1] == ""
+    assert "before the first step. Not there: rank 1, which does not answer" in life.err[0]
 
 
 def _start(number: int, config: Path, port: int, complaints: Path) -> BaseProcess:

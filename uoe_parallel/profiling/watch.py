@@ -29,7 +29,7 @@ from uoe_parallel.parallel.groups import ParallelGroups
 
 _VERDICT = "verdict"
 _LOOKS = 3
-"""Ticks between a first and a second look at who is missing."""
+"""Ticks in which every rank tells of itself."""
 _States = Mapping[int, dict[str, Any]]
 """By rank, what it told of itself last."""
 
@@ -61,8 +61,8 @@ class Watch(Interception):
     holds Python's lock, gets SIGKILL from those on its machine; alone there, it is left to the
     launcher, which ends it when the others have gone.
 
-    Before the first step, when one rank may rightly read or build for long, ranks that answer are
-    waited for.
+    Before the first step one rank may rightly read or build for long: those that answer are waited
+    for, and the others count as missing once they have been silent for as long again.
     """
 
     def __init__(self, groups: ParallelGroups, limit: float) -> None:
@@ -162,7 +162,7 @@ class Watch(Interception):
                 elif suspected is None or suspected[0] is not late:
                     # Who has arrived just now will have told when it is looked at again.
                     suspected = (late, beat, self._states(store, late.call.ranks))
-                elif beat - suspected[1] >= _LOOKS:
+                elif beat - suspected[1] >= self._looks():
                     now = self._states(store, late.call.ranks)
                     silent = self._silent(late, suspected[2], now)
                     if not silent and not self._has_begun:
@@ -190,6 +190,11 @@ class Watch(Interception):
                 if rank != self._rank:
                     _kill(process, if_status=psutil.STATUS_STOPPED)
             os._exit(HANG_EXIT_CODE)
+
+    def _looks(self) -> int:
+        """Ticks between a first and a second look at who is missing. What reads or builds may hold
+        Python's lock for a while."""
+        return _LOOKS if self._has_begun else max(_LOOKS, round(self._limit / self._tick))
 
     def _late(self, grace: float = 0.0) -> _Wait | None:
         """What waits beyond the limit, and `grace` seconds more."""

@@ -7,7 +7,40 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from uoe_parallel.data.tokenizer import Tokenizer
 from uoe_parallel.model.decoding import DecodingMemory
+from uoe_parallel.training.engine import TrainingEngine
+
+_PROMPT = "def "
+_TOKENS = 200
+_TEMPERATURE = 0.7
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def sample_text(engine: TrainingEngine, tokenizer: Tokenizer) -> str:
+    """A continuation of a short prompt. Every rank takes part and gets the same text."""
+    model, config = engine.model, engine.config
+    resets = config.data.reset_at_documents
+    # The end of another document comes before the text, unless documents don't see each other.
+    before = [] if resets else [tokenizer.eod]
+    engine.deepspeed.eval()
+    with model.replicated_tokens():
+        ids = sample(
+            engine.logits,
+            [*before, *tokenizer.encode(_PROMPT).tolist()],
+            by_token=model.decodes_by_token,
+            # What another document begins with, nothing has been trained to say.
+            stop=tokenizer.eod if resets else None,
+            num_tokens=_TOKENS,
+            context=config.model.sequence_length,
+            temperature=_TEMPERATURE,
+            seed=config.seed,
+            device=engine.device,
+        )
+    engine.deepspeed.train()
+    text = _PROMPT + tokenizer.decode(ids)
+    # A terminal must not obey what a young model says.
+    return "".join(c if c.isprintable() or c == "\n" else _REPLACEMENT for c in text)
 
 
 @torch.no_grad()

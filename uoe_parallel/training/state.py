@@ -98,6 +98,19 @@ def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     return {param: param for param in engine.module.parameters()}
 
 
+def replicated_states(engine: Any) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What every replica of a parameter holds beside its weight, by the kinds of `capture`: empty
+    where DeepSpeed cuts masters and moments over replicas."""
+    state = base_optimizer(engine).state
+    return {
+        param: {
+            **({} if master is param else {"master": master.detach()}),
+            **{moment: state[master][moment] for moment in MOMENTS},
+        }
+        for param, master in _plain_masters(engine).items()
+    }
+
+
 def capture(
     engine: Any, model: LanguageModel, groups: ParallelGroups, *, masters: bool
 ) -> list[Piece]:
