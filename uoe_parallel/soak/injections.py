@@ -15,7 +15,7 @@ import psutil
 
 from uoe_parallel.checkpoint.folders import list_checkpoints
 from uoe_parallel.soak.job import Job, Lost, StepTaken
-from uoe_parallel.soak.planted import Place
+from uoe_parallel.soak.plan import Place
 from uoe_parallel.soak.schedule import DAMAGE, Fault, Injection
 
 _SLOW = 1.0

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-from uoe_parallel.soak.planted import Plan
+from uoe_parallel.soak.plan import Plan
 
 _TICK = 0.05
 _PACE = 0.1
