@@ -4,16 +4,18 @@
 #
 #     bash launch/simulated_hosts.sh [--rate 200mbit] [--ranks 2] -m uoe_parallel.pretrain --config FILE
 #
-# --rate    of the link, in one direction, in tc's words: 200mbit, 1gbit, ... ; "none" for no limit
-# --ranks   of each host; host 0 has the first ones
+# --rate     of the link, in one direction, in tc's words: 200mbit, 1gbit, ... ; "none" for no limit
+# --ranks    of each host; host 0 has the first ones
+# --program  what runs on both hosts if not torchrun, with variables that tell where it is:
+#            NODE_RANK (0, 1), NODE_ADDRESSES (of both), RANKS_PER_NODE and INTERFACE
 #
-# What follows is handed to torchrun on both hosts. Needs root and iproute2 (ip, tc). The namespaces
-# go when the program ends, however it ends.
+# What follows is handed to the program on both hosts. Needs root and iproute2 (ip, tc). The
+# namespaces go when the program ends, however it ends.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-rate=200mbit ranks=2
-while [[ ${1:-} == --rate || ${1:-} == --ranks ]]; do
+rate=200mbit ranks=2 program=""
+while [[ ${1:-} == --rate || ${1:-} == --ranks || ${1:-} == --program ]]; do
     declare "${1#--}=$2"
     shift 2
 done
@@ -28,7 +30,8 @@ subnet=10.$(($$ / 256 % 256)).$(($$ % 256))
 
 cleanup() {
     for host in "${hosts[@]}"; do
-        ip netns pids "$host" 2>/dev/null | xargs --no-run-if-empty kill -9
+        # Some end by themselves meanwhile.
+        ip netns pids "$host" 2>/dev/null | xargs --no-run-if-empty kill -9 2>/dev/null || true
         ip netns delete "$host" 2>/dev/null || true
     done
 }
@@ -50,11 +53,18 @@ for number in 0 1; do
     fi
 done
 
+export NODE_ADDRESSES="$subnet.1 $subnet.2" RANKS_PER_NODE=$ranks INTERFACE=$link
 export GLOO_SOCKET_IFNAME=$link NCCL_SOCKET_IFNAME=$link OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 pids=()
 for number in 1 0; do
-    ip netns exec "${hosts[$number]}" "$torchrun" --nnodes 2 --node-rank "$number" \
-        --nproc-per-node "$ranks" --master-addr "$subnet.1" --master-port 29500 "$@" &
+    command=("$program")
+    if [[ -z $program ]]; then
+        command=("$torchrun" --nnodes 2 --node-rank "$number" --nproc-per-node "$ranks"
+            --master-addr "$subnet.1" --master-port 29500)
+    fi
+    # Programs tell hosts apart by their names.
+    NODE_RANK=$number ip netns exec "${hosts[$number]}" unshare --uts \
+        bash -c 'hostname "$0" && exec "$@"' "${hosts[$number]}" "${command[@]}" "$@" &
     pids+=($!)
 done
 status=0

@@ -9,6 +9,8 @@ from importlib.metadata import version
 import pytest
 from hypothesis import settings
 
+from tests.certificate import Certifier
+from tests.device import chosen_device, use_chosen_device
 from tests.harness import Ranks
 
 # Examples that start collectives take as long as the machine is busy.
@@ -16,8 +18,16 @@ settings.register_profile("uoe", deadline=None, print_blob=True)
 settings.load_profile("uoe")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if told := use_chosen_device():
+        raise pytest.UsageError(told)
+    config.pluginmanager.register(Certifier())
+
+
 def pytest_report_header() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
+    names = ("torch", "megatron-core", "deepspeed")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"{versions}, on {chosen_device()}"
 
 
 @pytest.fixture(scope="session")

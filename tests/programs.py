@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.device import skip_without_gpus
 from tests.tiny import tiny_config, write_corpus
 from uoe_parallel.config.load import save_config
 from uoe_parallel.pretrain import main
@@ -25,6 +27,8 @@ MPIRUN_ANYWHERE = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 """Lets Open MPI start ranks in a container: as root, and more of them than it counts cores."""
+COUNTS = ("--nproc-per-node", "--num_gpus", "-n")
+"""Options of launchers that say how many ranks a machine starts."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,15 @@ def script(name: str) -> str:
 
 
 def launch(command: Sequence[str | Path], timeout: float = 90) -> Outcome:
-    """Run `command` in the checkout; after `timeout` seconds kill it with all it started."""
+    """Run `command` in the checkout; after `timeout` seconds kill it with all it started.
+
+    Skips the test where the command asks for more ranks than there are GPUs for them.
+    """
+    words = [str(part) for part in command]
+    counts = (count for option, count in pairwise(words) if option in COUNTS)
+    skip_without_gpus(max(map(int, counts), default=1))
     process = subprocess.Popen(
-        [str(part) for part in command],
+        words,
         cwd=CHECKOUT,
         env=os.environ | MPIRUN_ANYWHERE | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

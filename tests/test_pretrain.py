@@ -255,6 +255,7 @@ def _mpirun() -> list[str]:
     return [script("mpirun"), "-n", "2", sys.executable, "-m"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [_deepspeed, _mpirun])
 def test_launcher_starts_both_ranks(launcher: Callable[[], list[str]], tmp_path: Path) -> None:
     path = write_run(tmp_path, parallel={"tensor": 2}, training={"steps": 2})

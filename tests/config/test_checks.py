@@ -318,6 +318,27 @@ BROKEN = [
         ),
     ),
     (
+        {"anomalies__spike": "roll_back"},
+        (
+            'anomalies.spike = "roll_back" goes back to checkpoints, and checkpoint.every = 0 '
+            "writes none on the way; give checkpoint.every"
+        ),
+    ),
+    (
+        {"anomalies__not_finite": "roll_back", "checkpoint__every": 9, "routes__replay": "a"},
+        (
+            'anomalies.not_finite = "roll_back" passes over data, and then steps are no longer '
+            'those of the record in routes.replay; use "skip", or leave routes.replay out'
+        ),
+    ),
+    (
+        {"replicas__on_mismatch": "repair", "checkpoint__every": 9},
+        (
+            'replicas.on_mismatch = "repair" finds nothing to repair, as replicas.check_every = 0 '
+            "never compares; give replicas.check_every, or leave replicas.on_mismatch out"
+        ),
+    ),
+    (
         {"deepspeed__train_batch_size": 3},
         (
             "deepspeed.train_batch_size = 3 contradicts 12, which follows from "
@@ -352,6 +373,9 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"profile__first_step": 101, "profile__steps": 0},
         {"routes__record": "runs/routes"},
         {"routes__replay": "runs/checkpoints"},
+        {"anomalies__spike": "roll_back", "checkpoint__every": 9, "routes__record": "a"},
+        {"anomalies__not_finite": "skip", "routes__compare": "a"},
+        {"replicas__on_mismatch": "repair", "replicas__check_every": 1, "checkpoint__every": 9},
         {"model__task": "classification", "model__num_classes": 2},
         {"model__task": "masked_token", "data__reset_at_documents": True},
     ],

@@ -13,8 +13,12 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.harness.messages import Case, RankFailure, Success
+
+if TYPE_CHECKING:
+    from uoe_parallel.parallel.device import Device
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads to its log."""
@@ -57,16 +61,19 @@ def _write_to(log: Path) -> None:
 
 
 def _run(case: Case, environment: dict[str, str]) -> Success | RankFailure:
+    from tests.harness.placing import pickled, placing
+
     try:
-        _start_world(case, environment)
+        device = _start_world(case, environment)
         function, args, kwargs = pickle.loads(case.call)
-        return Success(pickle.dumps(function(*args, **kwargs)))
+        with placing(device):
+            return Success(pickled(function(*args, **kwargs)))
     # Also SystemExit and pytest's own outcomes: a rank outlives whatever a case does.
     except BaseException as error:
         return RankFailure(type(error).__name__, str(error), traceback.format_exc())
 
 
-def _start_world(case: Case, environment: dict[str, str]) -> None:
+def _start_world(case: Case, environment: dict[str, str]) -> Device:
     """Undo what the last case left behind, then join the ranks of this one."""
     import torch
     import torch.distributed as dist
@@ -85,14 +92,15 @@ def _start_world(case: Case, environment: dict[str, str]) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(case.master_port),
     )
-    use_device(case.rank)
+    device = use_device(case.rank)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.manual_seed(0)
     dist.init_process_group(
-        "gloo",
+        device.backend,
         init_method=case.store.as_uri(),
         rank=case.rank,
         world_size=case.world_size,
     )
+    return device

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import psutil
 
+from tests.device import chosen_device, skip_without_gpus
 from tests.harness.messages import DIED, HANGING, Case, RankFailure, Success
 from tests.harness.rank import STACKS_SIGNAL, serve
 
@@ -30,12 +31,13 @@ OUTPUT_CHARACTERS = 6000
 WORN = 40
 """Threads of an idle rank from which on it is replaced. ZeRO's hooks keep engines alive that nobody
 knows any more, these keep their groups, and every group of gloo has threads that wake up often."""
-PRELOAD = [
-    *("numpy", "pydantic", "yaml", "safetensors.torch", "hypothesis", "pytest", "torch"),
+PRELOAD = ["numpy", "pydantic", "yaml", "safetensors.torch", "hypothesis", "pytest", "torch"]
+"""Imported once, in a server that ranks are forked from. It must never start a thread."""
+PRELOAD_ON_CPU = [
     *("deepspeed", "deepspeed.runtime.sequence_parallel.parallel_state_sp", "megatron.core"),
     *("megatron.core.parallel_state", "megatron.core.tensor_parallel"),
 ]
-"""Imported once, in a server that ranks are forked from. It must never start a thread."""
+"""Likewise; where there are GPUs these look for them, and who has looked can't be forked."""
 
 
 class RankError(Exception):
@@ -64,16 +66,17 @@ def _verdict(failed: Set[int], hanging: Set[int]) -> str:
 
 def start_server(folder: Path) -> None:
     """Start importing PRELOAD in the background. Ranks get the environment set here."""
+    device = chosen_device()
     environment = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         # Not the user's: a build that was killed there leaves a lock that hangs later runs.
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
     }
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    on_cpu = device == "cpu"
+    multiprocessing.set_forkserver_preload(PRELOAD + PRELOAD_ON_CPU if on_cpu else PRELOAD)
     with _environment(environment):
         forkserver.ensure_running()
 
@@ -234,11 +237,13 @@ class RankPool:
         """Call `function(*args, **kwargs)` on every rank; results ordered by rank.
 
         `function` is defined at the top of a module. Each rank finds torch.distributed started
-        with gloo and torchrun's variables set, one thread, seed 0, and no other process group.
+        with gloo (on CUDA with NCCL too, and the rank with a GPU of its own) and torchrun's
+        variables set, one thread, seed 0, and no other process group.
 
         Raises RankError when a rank raises, dies, or takes more than `timeout` seconds.
         """
         __tracebackhide__ = True
+        skip_without_gpus(self.world_size)
         case = f"{_current_test()}{function.__qualname__}"
         call = pickle.dumps((function, args, kwargs))
         outcomes = self.ranks.run(self.world_size, call, timeout)

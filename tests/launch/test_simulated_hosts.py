@@ -8,31 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.programs import CHECKOUT
-
-SCRIPT = CHECKOUT / "launch" / "simulated_hosts.sh"
-
-
-def _namespaces() -> set[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    return {line.split()[0] for line in listed.stdout.splitlines()}
-
-
-def _can_make_namespaces() -> bool:
-    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
-        return False
-    name = f"uoe-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
-    if made.returncode == 0:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
-    return made.returncode == 0
-
-
-needs_namespaces = pytest.mark.skipif(
-    not _can_make_namespaces(), reason="needs root, iproute2 and the right to make namespaces"
-)
+from tests.launch.hosts import SCRIPT, namespaces, needs_namespaces
 
 
 def _start(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +25,7 @@ def _start(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @needs_namespaces
 def test_ranks_of_two_hosts_meet_over_the_link(tmp_path: Path) -> None:
-    before = _namespaces()
+    before = namespaces()
     ended = _start("--rate", "100mbit", "--ranks", "1", "-m", "tests.launch.meeting", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     met = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
@@ -57,16 +33,16 @@ def test_ranks_of_two_hosts_meet_over_the_link(tmp_path: Path) -> None:
     for _, _, *interfaces in met:
         # Nothing of the machine's own network is there.
         assert [name.rstrip("0123456789") for name in interfaces] == ["eth", "lo"]
-    assert _namespaces() == before
+    assert namespaces() == before
 
 
 @needs_namespaces
 def test_failure_is_told_and_leaves_nothing(tmp_path: Path) -> None:
-    before = _namespaces()
+    before = namespaces()
     ended = _start("--ranks", "1", "-m", "tests.launch.meeting", str(tmp_path / "missing"))
     assert ended.returncode != 0
     assert "FileNotFoundError" in ended.stderr
-    assert _namespaces() == before
+    assert namespaces() == before
 
 
 def test_what_is_needed_is_said(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.parallel.groups import (
     distributed,
+    local_size_from_environment,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -103,6 +104,26 @@ def test_ranks_are_read_from_the_launcher(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (rank_from_environment(), world_size_from_environment()) == (rank, world_size)
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_size"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 1),
+    ],
+    ids=["unsaid", "torchrun", "deepspeed", "mpirun"],
+)
+def test_ranks_of_a_node_are_read_from_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], local_size: int
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "8", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert local_size_from_environment() == local_size
 
 
 def _start_again(*, launched: bool) -> tuple[int, str, bool]:

@@ -72,9 +72,9 @@ def run_engine(config: RunConfig, steps: int = STEPS) -> Outcome:
     for step in range(steps):
         shares = split(global_batch(config, step), config.training.micro_batch_size)
         mine = shares[groups.data_rank :: groups.layout.data]
-        loss, norm, _ = engine.step(mine, step, timer)
-        outcome.losses.append(loss)
-        outcome.gradient_norms.append(norm)
+        result = engine.step(mine, step, timer)
+        outcome.losses.append(result.loss)
+        outcome.gradient_norms.append(result.gradient_norm)
     masters = config.training.precision == "bf16"
     outcome.pieces.extend(capture(engine.deepspeed, model, groups, masters=masters))
     return outcome

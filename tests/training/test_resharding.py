@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.model.cases import relative_difference
 from tests.programs import write_run
-from tests.training.lives import Life, live, tensors_of
+from tests.training.runs import Life, live, tensors_of
 from uoe_parallel.checkpoint import open_checkpoint
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RunConfig

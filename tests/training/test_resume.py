@@ -10,7 +10,7 @@ import torch
 
 from tests.harness import Ranks
 from tests.programs import call_program, metrics, only_complaint, write_run
-from tests.training.lives import config_of, live, tensors_of
+from tests.training.runs import config_of, live, tensors_of
 from uoe_parallel.config.load import load_config
 
 LAYOUTS: list[tuple[str, int, dict[str, int], int]] = [
@@ -130,23 +130,6 @@ def _copy(saved: tuple[Path, float], target: Path) -> str:
     """The override that names a copy of the saved run's folder."""
     shutil.copytree(saved[0].parent / "run", target)
     return f"run_dir={target}"
-
-
-@pytest.mark.parametrize("victim", ["rank-00001.safetensors", "manifest.json"])
-def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(
-    ranks: Ranks, saved: tuple[Path, float], tmp_path: Path, victim: str
-) -> None:
-    config = load_config(saved[0], [_copy(saved, tmp_path / "run")])
-    damaged = tmp_path / "run" / "checkpoints" / "step-00000002" / victim
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    first, second = ranks(2).run(live, config)
-
-    for word in ("damaged", "step-00000002", victim):
-        assert word in first.err
-    assert second.err == ""
-    assert list(first.steps) == list(second.steps) == [2]
-    assert first.validation == saved[1]
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_no_whole_checkpoint_is_refused_instead_of_starting_over(

@@ -68,6 +68,7 @@ def two_reports(config: RunConfig) -> tuple[dict[str, Value], dict[str, Value]]:
 def numbers(value: Value) -> Sequence[float]:
     if isinstance(value, Bars):
         return value.heights
+    assert not isinstance(value, str)
     return value if isinstance(value, Sequence) else [value]
 
 

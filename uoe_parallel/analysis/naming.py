@@ -99,8 +99,6 @@ class Naming:
         if payload > _SCALAR:
             is_data = axis in ("data", "expert_data", "world")
             return Purpose.GRADIENTS if is_data else Purpose.TIED_EMBEDDING
-        if self._stage3:
-            return Purpose.GRADIENT_NORM
         if len(self._pipe) > 1 and axis == "data" and payload > 1:
             return Purpose.DEEPSPEED_LOSS
         return Purpose.DEEPSPEED_CHECKS

@@ -19,8 +19,6 @@ from uoe_parallel.analysis.transfer import Transfer, times
 from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.parallel.sharding import is_wide
 
-_NORM = 8  # bytes of an fp64
-
 
 def gradient_traffic(rules: StateRules, micro_batches: int) -> Iterator[Transfer]:
     """From the gradients of this rank's stage to the weights of the next step."""
@@ -33,7 +31,6 @@ def gradient_traffic(rules: StateRules, micro_batches: int) -> Iterator[Transfer
     reduced = list(traffic.reduced_gradients())
     yield from times(reduced, micro_batches if rules.stage == 2 else 1)
     yield from traffic.checks()
-    yield Transfer(Purpose.GRADIENT_NORM, "step", "world", "all_reduce", 1, _NORM)
     yield from traffic.gathered_weights()
 
 
@@ -140,13 +137,7 @@ class _Traffic:
             yield Transfer(Purpose.GRADIENTS, "backward", "data", "reduce_scatter", 1, payload)
 
     def zero3_step(self) -> Iterator[Transfer]:
-        """The end of a step under ZeRO 3: norms of the optimizer's groups, weights kept whole."""
-        for params in self.rules.parameter_groups:
-            for _ in closed_at(
-                map(self.rules.partition_size, params), self.rules.zero.sub_group_size
-            ):
-                yield Transfer(Purpose.GRADIENT_NORM, "step", "data", "all_reduce", 1, _NORM)
-                yield Transfer(Purpose.GRADIENT_NORM, "step", "tensor", "all_reduce", 1, _NORM)
+        """The end of a step under ZeRO 3: weights kept whole."""
         for param in self.rules.kept_whole():
             payload = self.rules.partition_size(param) * self.rules.element
             yield Transfer(Purpose.KEPT_WEIGHTS, "step", "data", "all_gather", 1, payload)

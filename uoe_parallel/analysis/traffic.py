@@ -340,5 +340,4 @@ def _moved_rules(model: LanguageModel) -> Iterator[Transfer]:
 def _bookkeeping() -> Iterator[Transfer]:
     yield Transfer(Purpose.STEP_AGREEMENT, "step", "world", "all_reduce", 1, 4 * _COUNT)
     yield Transfer(Purpose.VALID_TOKENS, "step", "data", "all_reduce", 1, _COUNT)
-    yield Transfer(Purpose.STEP_LOSS, "step", "data", "all_reduce", 1, _COUNT)
-    yield Transfer(Purpose.STEP_LOSS, "step", "pipe", "all_reduce", 1, _COUNT)
+    yield Transfer(Purpose.JUDGEMENT, "step", "world", "all_reduce", 1, 2 * _COUNT)

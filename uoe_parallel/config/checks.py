@@ -295,6 +295,37 @@ def stages_have_layers(config: RunConfig) -> Iterator[Fault]:
         )
 
 
+def there_is_a_checkpoint_to_go_back_to(config: RunConfig) -> Iterator[Fault]:
+    """What goes back needs checkpoints on the way, and records of routes are of given data."""
+    anomalies = config.anomalies
+    asked = {
+        "anomalies.not_finite": (anomalies.not_finite, "roll_back"),
+        "anomalies.spike": (anomalies.spike, "roll_back"),
+        "replicas.on_mismatch": (config.replicas.on_mismatch, "repair"),
+    }
+    for field, (value, goes_back) in asked.items():
+        if value != goes_back:
+            continue
+        if config.checkpoint.every == 0:
+            problem = "goes back to checkpoints, and checkpoint.every = 0 writes none on the way"
+            yield Fault((field, "checkpoint.every"), value, problem, "give checkpoint.every")
+        for use in ("replay", "compare"):
+            if value == "roll_back" and getattr(config.routes, use) is not None:
+                problem = "passes over data, and then steps are no longer those of the record in "
+                mend = f'use "skip", or leave routes.{use} out'
+                yield Fault((field, f"routes.{use}"), value, f"{problem}routes.{use}", mend)
+
+
+def replicas_are_compared(config: RunConfig) -> Iterator[Fault]:
+    if config.replicas.on_mismatch == "repair" and config.replicas.check_every == 0:
+        yield Fault(
+            ("replicas.on_mismatch", "replicas.check_every"),
+            "repair",
+            "finds nothing to repair, as replicas.check_every = 0 never compares",
+            "give replicas.check_every, or leave replicas.on_mismatch out",
+        )
+
+
 PARALLEL_RULES: tuple[Rule, ...] = (
     ranks_split_experts,
     ranks_split_kv_heads,
@@ -325,6 +356,8 @@ RULES: tuple[Rule, ...] = (
     classified_documents_are_apart,
     one_use_of_routes,
     routes_beside_checkpoints,
+    there_is_a_checkpoint_to_go_back_to,
+    replicas_are_compared,
     passthrough_faults,
 )
 """Every rule that needs nothing but the config."""

@@ -240,7 +240,7 @@ class AnomaliesConfig(Section):
 
     not_finite: Literal["stop", "skip", "roll_back"] = "stop"
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
-    spike_window: PositiveInt = 128
+    spike_window: int = Field(default=128, ge=2)
     """Steps that a spike stands out from; none is seen before half as many were taken."""
     spike_sigmas: float = Field(default=6.0, gt=0)
     """A loss or gradient norm is a spike if it lies this many standard deviations of the window
@@ -257,7 +257,8 @@ class ReplicasConfig(Section):
     check_every: NonNegativeInt = 0
     """Steps between comparisons; 0 compares never. Others come before every checkpoint."""
     on_mismatch: Literal["stop", "repair"] = "stop"
-    """repair continues from the newest checkpoint, which holds every value once."""
+    """repair continues from the newest checkpoint, which holds every value once. It counts as one
+    of the anomalies that `anomalies.limit` bounds."""
 
 
 class LoggingConfig(Section):

@@ -70,9 +70,11 @@ def rank_from_environment() -> int:
 
 
 def local_size_from_environment() -> int:
-    """Ranks of this launch on this node; all of them where the launcher does not say."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    return int(told or world_size_from_environment())
+    """Ranks of this launch on this node, as torchrun, the deepspeed launcher or mpirun states
+    them; all of them where the launcher does not say."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    told = (os.environ[name] for name in names if os.environ.get(name))
+    return int(next(told, world_size_from_environment()))
 
 
 @contextmanager

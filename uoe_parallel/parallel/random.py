@@ -113,6 +113,11 @@ def _differentiates(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
+def shared_stream() -> Tensor:
+    """The state of `Stream.TENSOR_GROUP`, the same on all ranks of a tensor group."""
+    return checkpointing.get_cuda_rng_tracker().get_states()[Stream.TENSOR_GROUP]
+
+
 def random_states(groups: ParallelGroups) -> dict[str, Tensor]:
     """What this rank has to save, by keys that are unique over all ranks."""
     tracker, keys = checkpointing.get_cuda_rng_tracker(), _stream_keys(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,40 @@ class Shard:
     def index(self) -> tuple[slice, ...]:
         """Selects this part out of the full tensor."""
         return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor, as wide as `shape` from the index `offsets` on."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def boxes(shape: tuple[int, ...], start: int, size: int) -> Iterator[tuple[Box, int]]:
+    """What `size` elements of a flattened tensor of `shape`, from `start` on, are in that tensor:
+    boxes, and where in the `size` elements each begins. Of a matrix at most three: the end of a
+    row, whole rows, the beginning of one.
+    """
+    if size == 0:
+        return
+    if not shape:
+        yield Box((), ()), 0
+        return
+    row, end = math.prod(shape[1:]), start + size
+    index = start
+    while index < end:
+        number, column = divmod(index, row)
+        rows = (end - index) // row if column == 0 else 0
+        if rows > 0:
+            box = Box((number, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+            yield box, index - start
+            index += rows * row
+            continue
+        length = min(row - column, end - index)
+        for inner, at in boxes(shape[1:], column, length):
+            yield Box((number, *inner.offsets), (1, *inner.shape)), index - start + at
+        index += length
 
 
 def partition_dim(param: Tensor) -> int | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,14 +21,17 @@ from uoe_parallel.parallel.sharding import counts_once, replica_group
 
 _EPS = 1e-6
 """Added to the norm before dividing by it, as DeepSpeed and torch do."""
+_LARGEST_NORM = 1e18
+"""What lies above counts as infinite: DeepSpeed's own checks of bf16 gradients square them in fp32,
+and would skip such a step on some ranks alone."""
 
 
 class GradientClipper:
     """Measures the norm of every step's averaged gradients, and clips by it.
 
-    DeepSpeed's own norms are true for ZeRO 3 alone: the others leave out experts or parameters
-    of later pipeline stages, or reduce once per parameter group, whose number differs between
-    stages. They are replaced where DeepSpeed asks for them; without such a place DeepSpeed's
+    DeepSpeed's own norms leave out experts or parameters of later pipeline stages, or reduce once
+    per parameter group, whose number differs between stages, and all are known only when there is
+    no way back. They are replaced where DeepSpeed asks for them; without such a place DeepSpeed's
     clipping is switched off and the gradients are scaled before AdamW sees them.
     """
 
@@ -40,65 +44,84 @@ class GradientClipper:
         max_norm: float,
     ) -> None:
         """`optimizer` is the AdamW inside of `engine`; `max_norm` 0 does not clip."""
-        self._engine = engine
+        self._optimizer: Any = optimizer
         self._model = model
         self._groups = groups
         self._max_norm = max_norm
         self._norm = torch.zeros(())
         self._wrapper = engine.optimizer
-        if engine.zero_optimization_partition_weights():
-            return
-        if isinstance(self._wrapper, DeepSpeedZeroOptimizer):
-            self._wrapper.scaled_global_norm = self._measure
-            return
-        if self._wrapper is not optimizer:
-            self._wrapper.clip_grad = 0.0
-        engine._config.gradient_clipping = 0.0
-        optimizer.register_step_pre_hook(self._clip)
+        if isinstance(self._wrapper, DeepSpeedZeroOptimizer_Stage3):
+            self._wrapper._get_norm_groups = lambda: [self._norm]
+        elif isinstance(self._wrapper, DeepSpeedZeroOptimizer):
+            self._wrapper.scaled_global_norm = lambda *_, **__: self._norm
+        else:
+            if self._wrapper is not optimizer:
+                self._wrapper.clip_grad = 0.0
+            engine._config.gradient_clipping = 0.0
+            optimizer.register_step_pre_hook(self._clip)
 
-    @property
-    def norm(self) -> float:
-        """The norm before clipping of the last step."""
-        if self._engine.zero_optimization_partition_weights():
-            return float(self._engine.get_global_grad_norm())
-        # Two wrappers look first for gradients that are not finite, and don't ask for a norm then.
-        return math.inf if getattr(self._wrapper, "overflow", False) else float(self._norm)
+    @torch.no_grad()
+    def measure(self, loss_sum: Tensor) -> tuple[float, float]:
+        """The sum of all data ranks' `loss_sum`, fp64, and the norm of the gradients, for when they
+        are averaged and the optimizer has not moved. Collective over all ranks, in one message.
+
+        `loss_sum` is equal on tensor ranks, and 0 on all pipeline stages but the last. Neither
+        result is finite if a number on any rank is not, also one that another rank counts.
+        """
+        zero = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
+        square = zero.clone()
+        norms: dict[bool, list[Tensor]] = {True: [zero], False: [zero]}
+        for gradient, counts in self._gradients():
+            norms[counts].append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        for counts, values in norms.items():
+            square += int(counts) * torch.stack(values).square().sum()
+        own = torch.stack((int(self._groups.tensor_rank == 0) * loss_sum, square))
+        total, square = comm.sum_over(own, self._groups.world, purpose=Purpose.JUDGEMENT)
+        self._norm = square.sqrt()
+        norm = float(self._norm)
+        return float(total), math.inf if norm > _LARGEST_NORM else norm
+
+    @contextmanager
+    def withheld(self) -> Iterator[None]:
+        """A block in which the optimizer may be told to step and does not: weights, masters,
+        moments and AdamW's count keep their bits, while all else that DeepSpeed does in a step is
+        done. The gradients become 0, so that no rank finds a fault in them that others do not."""
+        for gradient, _ in self._gradients():
+            gradient.zero_()
+        self._norm = torch.zeros_like(self._norm)
+        self._optimizer.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            del self._optimizer.step
 
     def _clip(self, optimizer: Optimizer, *_: Any) -> None:
-        norm = self._measure()
         if self._max_norm == 0:
             return
-        factor = (self._max_norm / (norm + _EPS)).clamp(max=1.0)
+        factor = (self._max_norm / (self._norm + _EPS)).clamp(max=1.0)
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     param.grad.mul_(factor.to(param.grad.dtype))
 
-    @torch.no_grad()
-    def _measure(self, *_: Any, **__: Any) -> Tensor:
-        """The norm, fp64. Collective over all ranks."""
-        norms = [torch.zeros((), dtype=torch.float64, device=self._engine.device)] + [
-            torch.linalg.vector_norm(gradient, dtype=torch.float64)
-            for param, gradient in self._gradients()
-            if counts_once(param, self._groups)
-        ]
-        total = torch.stack(norms).square().sum()
-        self._norm = comm.sum_over(total, self._groups.world, purpose=Purpose.GRADIENT_NORM).sqrt()
-        return self._norm
-
-    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Averaged gradients with their parameters; over the ranks that hold the same part of a
-        parameter, each element comes once."""
+    def _gradients(self) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's averaged gradients, or its part of them, and whether they count: over all
+        ranks each element counts once."""
         wrapper = self._wrapper
-        if isinstance(wrapper, DeepSpeedZeroOptimizer):
-            for number, params in enumerate(wrapper.params_in_partition):
+        if isinstance(wrapper, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
+            stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
+            for number, params in enumerate(
+                wrapper.fp16_groups if stage3 else wrapper.params_in_partition
+            ):
                 gradients = wrapper.averaged_gradients[number]
                 own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-                yield from zip(params, own, strict=False)
+                for param, gradient in zip(params, own, strict=stage3):
+                    yield gradient, counts_once(param, self._groups)
             return
         for param, gradient in self._whole_gradients():
-            if gradient is not None and replica_group(param, self._groups).rank() == 0:
-                yield param, gradient
+            if gradient is not None:
+                is_first = replica_group(param, self._groups).rank() == 0
+                yield gradient, is_first and counts_once(param, self._groups)
 
     def _whole_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
         """Gradients as every replica holds them."""
@@ -108,8 +131,5 @@ class GradientClipper:
                 wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True
             ):
                 yield from zip(params, gradients, strict=True)
-        elif isinstance(wrapper, FP16_UnfusedOptimizer):
-            for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                yield from ((p, m.grad) for p, m in zip(params, masters, strict=True))
         else:
             yield from ((param, param.grad) for param in self._model.parameters())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -25,14 +26,28 @@ from uoe_parallel.parallel.deepspeed_groups import ModelParallelUnit, WideExpert
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.purposes import Purpose, during
 from uoe_parallel.parallel.sharding import is_wide
+from uoe_parallel.training.anomalies import Anomaly, Guard
 from uoe_parallel.training.clipping import GradientClipper
 from uoe_parallel.training.evaluation import Evaluation
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
-from uoe_parallel.training.routing_state import move_rules
+from uoe_parallel.training.routing_state import move_rules, reset_rules
 from uoe_parallel.training.state import base_optimizer, create_moments
 from uoe_parallel.training.timers import StepTimer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, the same on every rank."""
+
+    loss: float
+    """Nats per label that counts."""
+    gradient_norm: float
+    """Of the whole model, before clipping."""
+    learning_rate: float
+    anomaly: Anomaly | None
+    """Why the optimizer did not move, if it did not."""
 
 
 class TrainingEngine:
@@ -81,6 +96,9 @@ class TrainingEngine:
         base = base_optimizer(self.deepspeed)
         limit = config.training.gradient_clipping
         self.clipper = GradientClipper(self.deepspeed, base, model, groups, limit)
+        self.guard = Guard(config.anomalies)
+        self._move = self.deepspeed._take_model_step
+        self.deepspeed._take_model_step = self._judge_and_move
 
     def _module(self) -> nn.Module:
         """What DeepSpeed trains."""
@@ -110,50 +128,45 @@ class TrainingEngine:
         count = torch.stack(counts).sum()
         return int(comm.sum_over(count, self.groups.data, purpose=Purpose.VALID_TOKENS))
 
-    def step(
-        self, batches: list[MicroBatch], step: int, timer: StepTimer
-    ) -> tuple[float, float, float]:
+    def step(self, batches: list[MicroBatch], step: int, timer: StepTimer) -> StepResult:
         """One optimizer step (from 0) on this rank's micro-batches, already on the device.
 
-        Returns the loss in nats per label that counts, the global gradient norm before clipping and
-        the learning rate. A loss or a gradient norm that is not finite is returned as it is, and
-        the run should end: a norm or, with pipeline stages, a loss like that has reached the
-        weights.
+        Where `guard` finds an anomaly, weights, optimizer and routing rules stay as they are.
         """
-        valid_labels = max(self.count_valid_labels(batches), 1)
+        self._step, self._valid_labels = step, max(self.count_valid_labels(batches), 1)
+        self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         # DeepSpeed averages gradients over data ranks; a sum over all of them is wanted.
-        scale = self.groups.layout.data / valid_labels
+        scale = self.groups.layout.data / self._valid_labels
         rate = set_learning_rates(self.deepspeed.optimizer, step, self.config.training)
-        loss, stepped = self._take_step(batches, scale, valid_labels, timer)
-        if stepped:
+        self._run(batches, scale, timer)
+        loss, norm, anomaly = self._judged
+        if anomaly is None:
             move_rules(self.model.routed_blocks(), self.groups, self.device)
-        return loss, self.clipper.norm if stepped else math.nan, rate
+        else:
+            reset_rules(self.model.routed_blocks())
+        return StepResult(loss, norm, rate, anomaly)
 
-    def _take_step(
-        self, batches: list[MicroBatch], scale: float, valid_labels: int, timer: StepTimer
-    ) -> tuple[float, bool]:
-        """The step's loss, and whether the optimizer moved."""
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        loss = math.nan
-        for number, batch in enumerate(batches):
+    def _run(self, batches: list[MicroBatch], scale: float, timer: StepTimer) -> None:
+        """All passes, then `_judge_and_move`. `scale`: of the sum of losses."""
+        for batch in batches:
             with timer.part("forward"), during("forward"):
                 losses = self.token_losses(batch)
                 loss_sum = (losses * batch.loss_mask).sum()
-                total += loss_sum.detach()
+                self._loss_sum += loss_sum.detach()
             with timer.part("backward"):
                 self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-            if number == len(batches) - 1:
-                loss = self._mean_loss(total, valid_labels)
-                if not math.isfinite(loss):
-                    return loss, False
             with timer.part("optimizer"):
                 self.deepspeed.step()
-        return loss, True
 
-    def _mean_loss(self, total: Tensor, valid_labels: int) -> float:
-        """From this rank's sum of losses, 0 on stages that compute none."""
-        over = (self.groups.data, self.groups.pipe)
-        return float(comm.sum_over(total, *over, purpose=Purpose.STEP_LOSS)) / valid_labels
+    def _judge_and_move(self, *arguments: Any) -> None:
+        """Stands in for DeepSpeed's `_take_model_step`: all ranks are here once in a step, with or
+        without a pipeline, when gradients are averaged and nothing has moved."""
+        loss_sum, norm = self.clipper.measure(self._loss_sum)
+        loss = loss_sum / self._valid_labels
+        anomaly = self.guard.judge(self._step, loss, norm)
+        with nullcontext() if anomaly is None else self.clipper.withheld():
+            self._move(*arguments)
+        self._judged = loss, norm, anomaly
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Evaluation:

@@ -39,7 +39,7 @@ class Bars:
     2 and so on, such as experts."""
 
 
-Value = float | Sequence[float] | Bars
+Value = float | str | Sequence[float] | Bars
 
 
 class MetricsWriter:
@@ -61,8 +61,9 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> None:
         """Forget what was written for steps after `step`, which are about to be taken again.
 
-        0 or more for a resumed run, -1 for one that starts over. TensorBoard keeps the old
-        events in its files and hides them.
+        0 or more for a resumed run, -1 for one that starts over. What is of kind "event" has
+        happened and stays, unless the run starts over. TensorBoard keeps the old events in its
+        files and hides them.
         """
         self._keep_lines(step)
         self.close()
@@ -74,7 +75,7 @@ class MetricsWriter:
         The line is {"step": step, "kind": kind, **values}, with bars as the list of their heights;
         NaN and infinities, which JSON lacks, become null. TensorBoard has "<kind>/<name>": of a
         number a scalar, of a list the histogram of its finite numbers, of bars a histogram that
-        shows them as they are.
+        shows them as they are, of a text the text.
         """
         assert not {"step", "kind"} & values.keys()
         record = {
@@ -115,6 +116,8 @@ class MetricsWriter:
             tag = f"{kind}/{name}"
             if isinstance(value, Bars):
                 self._events.add_histogram_raw(tag, **_histogram(value), global_step=step)
+            elif isinstance(value, str):
+                self._events.add_text(tag, value, step)
             elif isinstance(value, Sequence):
                 finite = np.array([v for v in value if math.isfinite(v)])
                 if finite.size:
@@ -175,6 +178,8 @@ def load_statistics(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
 def _json(value: Value) -> JsonValue:
     if isinstance(value, Bars):
         value = value.heights
+    if isinstance(value, str):
+        return value
     if isinstance(value, Sequence):
         return [v if math.isfinite(v) else None for v in value]
     return value if math.isfinite(value) else None
@@ -202,11 +207,13 @@ def _histogram(bars: Bars) -> dict[str, Any]:
 
 
 def _lines_up_to(last_step: float, lines: Iterable[bytes]) -> Iterable[bytes]:
-    """The lines that are whole records of steps up to `last_step`."""
+    """The lines that are whole records of steps up to `last_step`, or of events if that is none of
+    before the first."""
     for line in lines:
         try:
-            in_range = json.loads(line)["step"] <= last_step
+            record = json.loads(line)
+            is_kept = record["step"] <= last_step or (record["kind"] == "event" and last_step >= 0)
         except (ValueError, TypeError, KeyError):  # no JSON, or no record of ours
             continue
-        if in_range and line.endswith(b"\n"):
+        if is_kept and line.endswith(b"\n"):
             yield line

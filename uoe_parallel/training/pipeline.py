@@ -41,21 +41,17 @@ class PipelineTrainingEngine(TrainingEngine):
         labels, mask = labels_and_mask
         with during("forward"):
             loss_sum = (self.model.losses(logits, labels) * mask).sum()
-        self._total += loss_sum.detach()
+        self._loss_sum += loss_sum.detach()
         return loss_sum * self._scale
 
-    def _take_step(
-        self, batches: list[MicroBatch], scale: float, valid_labels: int, timer: StepTimer
-    ) -> tuple[float, bool]:
+    def _run(self, batches: list[MicroBatch], scale: float, timer: StepTimer) -> None:
         # DeepSpeed's pipeline divides by the number of micro-batches.
         self._scale = scale * len(batches)
-        self._total = torch.zeros((), device=self.device, dtype=torch.float64)
         with timer.part("pipeline"):
             self.deepspeed.module.documents = iter([batch.documents for batch in batches])
             self.deepspeed.train_batch(
                 iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
             )
-        return self._mean_loss(self._total, valid_labels), True
 
     def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
         logits = self._relay(batch.tokens, batch.documents)

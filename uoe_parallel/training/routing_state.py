@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
 from uoe_parallel.model.block import RoutedBlock
@@ -32,6 +33,19 @@ def move_rules(
         rule.to(device)
         rule.move(total)
         rule.reset()
+
+
+def reset_rules(blocks: Mapping[str, RoutedBlock]) -> None:
+    """Forget what was observed since the last move, of a step that is not taken."""
+    for _, rule in _rules(blocks):
+        rule.reset()
+
+
+def rule_states(blocks: Mapping[str, RoutedBlock]) -> Iterator[tuple[str, Tensor]]:
+    """Every rule's state by the names of checkpoints, "<block>/<level>/<rule>/<name>"."""
+    for prefix, rule in _rules(blocks):
+        for name, value in rule.state.items():
+            yield f"{prefix}/{name}", value
 
 
 def capture_rules(blocks: Mapping[str, RoutedBlock], groups: ParallelGroups) -> Iterator[Piece]:

@@ -51,6 +51,14 @@ class RunFolder:
                 self._metrics = MetricsWriter(self.path, self._config.logging.tensorboard)
                 self._metrics.truncate_after(-1 if step is None else step)
 
+    def forget_after(self, step: int) -> None:
+        """Forget the metrics, but for events, of steps after `step`, which are about to be taken
+        again. Collective over all ranks; raises UserError on every rank if that fails."""
+        action = f"the metrics in {self.path} cannot be taken back to step {step}"
+        with shared_fate(action, "Checkpoints are untouched", self._groups.world):
+            if self._metrics is not None:
+                self._metrics.truncate_after(step)
+
     def record(self, step: int, kind: Kind, values: Mapping[str, Value]) -> None:
         """Write to the metrics, if the folder is open. Collective over all ranks; raises UserError
         on every rank if it can't be written.

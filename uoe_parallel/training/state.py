@@ -9,15 +9,17 @@ steps have entries of their own (`routing_state`).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
+from operator import add
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -30,7 +32,14 @@ from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.random import random_setters, random_states
-from uoe_parallel.parallel.sharding import Shard, is_owner, named_shards
+from uoe_parallel.parallel.sharding import (
+    Shard,
+    boxes,
+    counts_once,
+    is_wide,
+    named_shards,
+    parameter_shape,
+)
 from uoe_parallel.training.routing_state import capture_rules, restore_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -89,25 +98,97 @@ def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     return {param: param for param in engine.module.parameters()}
 
 
+def replicated_states(engine: Any) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What every replica of a parameter holds beside its weight, by the kinds of `capture`: empty
+    where DeepSpeed cuts masters and moments over replicas."""
+    state = base_optimizer(engine).state
+    return {
+        param: {
+            **({} if master is param else {"master": master.detach()}),
+            **{moment: state[master][moment] for moment in MOMENTS},
+        }
+        for param, master in _plain_masters(engine).items()
+    }
+
+
 def capture(
     engine: Any, model: LanguageModel, groups: ParallelGroups, *, masters: bool
 ) -> list[Piece]:
-    """The pieces this rank has to write: weights, moments, masters, routing rules, random state.
+    """The pieces this rank has to write, copied to the host: weights, moments and, if asked,
+    masters, routing rules, random state.
 
-    Collective over the ranks that hold the same parts: ZeRO's partitions are put together
-    parameter by parameter. Of these ranks the first writes.
+    Nothing is sent. Of each parameter a rank writes the elements whose moments it keeps, or an even
+    share where ranks keep the same.
     """
     pieces: list[Piece] = []
+    shares, plain = _even_shares(model, groups), _plain_masters(engine)
     for name, param, shard in named_shards(model, groups):
-        writes = is_owner(param, groups)
-        for kind, full in _full_tensors(engine, param, masters):
-            if writes:
-                local = full.detach().cpu().reshape(shard.shape).clone()
-                pieces.append(Piece(f"{name}/{kind}", local, shard.global_shape, shard.offsets))
+        if not counts_once(param, groups):
+            continue
+        start, kinds = _kept(engine, plain, param, shares[param])
+        for kind, values in kinds.items():
+            if kind == "master" and not masters:
+                continue
+            for box, at in boxes(shard.shape, start, values.numel()):
+                local = values.narrow(0, at, math.prod(box.shape)).detach().to("cpu", copy=True)
+                offsets = tuple(map(add, shard.offsets, box.offsets))
+                key = f"{name}/{kind}"
+                pieces.append(Piece(key, local.view(box.shape), shard.global_shape, offsets))
     pieces += capture_rules(model.routed_blocks(), groups)
     for key, state in random_states(groups).items():
         pieces.append(Piece.whole(key, state))
     return pieces
+
+
+def _even_shares(model: LanguageModel, groups: ParallelGroups) -> dict[nn.Parameter, slice]:
+    """Of each parameter's elements this rank's share, if ranks that hold the same parameters put
+    them in a row and cut that into equal parts."""
+    shares: dict[nn.Parameter, slice] = {}
+    params = [param for param in model.parameters() if counts_once(param, groups)]
+    for group, of_experts in ((groups.data, False), (groups.expert_data, True)):
+        row = [param for param in params if is_wide(param) == of_experts]
+        sizes = [math.prod(parameter_shape(param)) for param in row]
+        first, last = (
+            sum(sizes) * rank // group.size() for rank in (group.rank(), group.rank() + 1)
+        )
+        for param, size, end in zip(row, sizes, itertools.accumulate(sizes), strict=True):
+            begin = end - size
+            shares[param] = slice(max(first - begin, 0), max(min(last - begin, size), 0))
+    return shares
+
+
+def _kept(
+    engine: Any, plain: dict[nn.Parameter, Tensor], param: nn.Parameter, share: slice
+) -> tuple[int, dict[str, Tensor]]:
+    """The first element of the flattened parameter that this rank writes, and from there on its
+    weight, master and moments, flat. `share`: what it writes of a parameter that ranks keep
+    alike."""
+    if plain:
+        master = plain[param]
+        state = base_optimizer(engine).state[master]
+        whole = {"weight": param, "master": master, **{name: state[name] for name in MOMENTS}}
+        return share.start, {kind: values.flatten()[share] for kind, values in whole.items()}
+    held: Any = param  # and what DeepSpeed has set on it
+    if hasattr(param, "ds_id"):
+        size = held.ds_tensor.ds_numel
+        start = size * held.ds_process_group.rank()
+        parts = {
+            "weight": held.ds_tensor,
+            "master": safe_get_local_fp32_param(param),
+            **{name: safe_get_local_optimizer_state(param, name) for name in MOMENTS},
+        }
+        # The last partition ends in padding.
+        size = max(min(size, held.ds_numel - start), 0)
+        return start, {kind: values.flatten()[:size] for kind, values in parts.items()}
+    fragment = held._hp_mapping
+    if fragment is None:  # all of it is in other ranks' partitions
+        return 0, {}
+    place = fragment.lp_fragment_address
+    return place.start, {
+        "weight": param.flatten()[place.start : place.start + place.numel],
+        "master": fragment.get_hp_fragment(),
+        **{name: fragment.get_hp_fragment(name) for name in MOMENTS},
+    }
 
 
 def restore(
@@ -156,25 +237,6 @@ def _read_values(reader: CheckpointReader, name: str, shard: Shard) -> dict[str,
         for kind in ("weight", "master", *MOMENTS)
         if f"{name}/{kind}" in saved
     }
-
-
-def _full_tensors(engine: Any, param: nn.Parameter, masters: bool) -> Iterator[tuple[str, Tensor]]:
-    """This tensor rank's whole weight, moments and, if asked, master."""
-    with _gathered(param):
-        yield "weight", param.detach().clone()
-    plain = _plain_masters(engine)
-    if masters:
-        yield "master", plain[param] if plain else _found(safe_get_full_fp32_param(param))
-    for moment in MOMENTS:
-        if plain:
-            yield moment, base_optimizer(engine).state[plain[param]][moment]
-        else:
-            yield moment, _found(safe_get_full_optimizer_state(param, moment))
-
-
-def _found(value: Tensor | None) -> Tensor:
-    assert value is not None, "DeepSpeed does not know this parameter"
-    return value
 
 
 def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Any:

@@ -34,7 +34,7 @@ from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.engine import DTYPES
+from uoe_parallel.training.engine import DTYPES, StepResult
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample_text
 from uoe_parallel.training.identity import check_resumable, run_identity
@@ -43,6 +43,7 @@ from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
+from uoe_parallel.training.recovery import Recovery
 from uoe_parallel.training.routes import RunRoutes
 from uoe_parallel.training.routing_report import RoutingReporter
 from uoe_parallel.training.run_folder import RunFolder
@@ -61,15 +62,6 @@ class RunSummary:
     """Of each split that the config has data for."""
     text: str | None
     """Sampled from the model, if it predicts next tokens."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step reports, the same on every rank."""
-
-    loss: float
-    gradient_norm: float
-    learning_rate: float
 
 
 class Trainer:
@@ -131,6 +123,7 @@ class Trainer:
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
         self.timer = StepTimer(device.synchronize)
+        self.recovery = Recovery(self, self._restore)
         self.observers: Sequence[StepObserver] = ()
 
     @property
@@ -163,13 +156,19 @@ class Trainer:
                 self.evaluate("validation")
             while self.step < steps:
                 result = self.train_step()
+                if result.anomaly is not None and result.anomaly.action == "roll_back":
+                    self.recovery.roll_back(result.anomaly)
+                    continue
                 last = self.step == steps
-                if last or self.step % self.config.logging.every == 0:
+                reports = last or self.step % self.config.logging.every == 0
+                if reports and result.anomaly is None:
                     self._report(result, routing)
                 if not last and _is_due(self.step, training.validate_every):
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
                     self.save()
+                elif _is_due(self.step, self.config.replicas.check_every):
+                    self.recovery.replicas_agree()
 
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
@@ -187,10 +186,10 @@ class Trainer:
         return RunSummary(evaluations, text)
 
     def train_step(self) -> StepResult:
-        """Take one optimizer step; `step` counts it.
+        """Take one optimizer step, or skip it for an anomaly; `step` counts it.
 
-        Raises UserError on every rank for a token beyond the vocabulary and for a loss or a
-        gradient that is not finite.
+        Raises UserError on every rank for a token beyond the vocabulary and for an anomaly that
+        ends the run. To roll back is left to the caller.
         """
         training = self.config.training
         with ExitStack() as around:
@@ -212,11 +211,12 @@ class Trainer:
                 self._agree_on_step(batches)
                 batches = [batch.to(self.device.torch_device) for batch in batches]
             with self.routes.step(self.step):
-                result = StepResult(*self.engine.step(batches, self.step, self.timer))
-        self._check_finite(result)
+                result = self.engine.step(batches, self.step, self.timer)
+        if result.anomaly is not None:
+            self.recovery.tell(result, result.anomaly)
         self.progress.step += 1
         self.progress.batch += 1
-        self.progress.updates += 1
+        self.progress.updates += result.anomaly is None
         return result
 
     def evaluate(self, split: Split) -> Evaluation:
@@ -239,8 +239,11 @@ class Trainer:
         return evaluation
 
     def save(self) -> None:
-        """Write a checkpoint of the current step. Collective over all ranks."""
+        """Write a checkpoint of the current step, unless replicas differ and the run has gone back
+        to the one before. Collective over all ranks."""
         self.folder.confirm()
+        if not self.recovery.replicas_agree():
+            return
         captured = partial(
             capture,
             self.engine.deepspeed,
@@ -250,6 +253,7 @@ class Trainer:
         )
         state = {
             "progress": self.progress.as_state(),
+            "guard": self.engine.guard.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
         }
         self.saver.save(self.step, captured, state)
@@ -272,6 +276,7 @@ class Trainer:
     def _restore(self, reader: CheckpointReader) -> None:
         self.progress = Progress.of(reader.state["progress"])
         self._saved_step = self.step
+        self.engine.guard.restore(reader.state["guard"])
         restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
 
     def _agree_on_step(self, batches: list[MicroBatch]) -> None:
@@ -327,18 +332,6 @@ class Trainer:
                 f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
                 "tokenizer or name the one it was made with"
             )
-
-    def _check_finite(self, result: StepResult) -> None:
-        """End the run before a loss or a gradient that is not finite can reach a checkpoint."""
-        for name, value in (("loss", result.loss), ("gradient norm", result.gradient_norm)):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the {name} of step {self.step + 1} is {value}, and training stopped. "
-                    "Checkpoints in the run folder are untouched: lower training.learning_rate "
-                    f"({self.config.training.learning_rate}) or raise training.warmup_steps "
-                    f"({self.config.training.warmup_steps}), and start again to continue from "
-                    "the newest one"
-                )
 
     def _report(self, result: StepResult, routing: RoutingReporter) -> None:
         seconds = self.timer.take()
