@@ -22,6 +22,11 @@ from uoe_parallel.soak.plan import Plan
 _TICK = 0.05
 _PACE = 0.1
 """Seconds after a step, in which faults from outside can meet it."""
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # Or ranks that torchrun starts again meet addresses of those before in its store.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 _RESTARTS = 1000
 """Of torchrun's own, which can't tell a user's mistake from what a restart mends."""
 
@@ -80,7 +85,7 @@ class Job:
                 [*torchrun, *options, "--monitor-interval", "0.1", *program, *self.overrides],
                 stdout=out,
                 stderr=out,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | _ENVIRONMENT,
             )
 
     @property

@@ -14,7 +14,6 @@ from types import FrameType
 
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 from uoe_parallel.soak.job import Lost
-from uoe_parallel.soak.report import print_report, write_json
 from uoe_parallel.soak.schedule import Fault
 from uoe_parallel.soak.session import soak
 
@@ -78,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"soak: {lost}", file=sys.stderr, flush=True)
             return 1
     seconds = time.monotonic() - start
+    # With Megatron and DeepSpeed behind it, which a soak needs in its ranks alone.
+    from uoe_parallel.soak.report import print_report, write_json
+
     print_report(reports, options.seed, seconds)
     if options.json is not None:
         write_json(reports, options.seed, seconds, options.json)
