@@ -135,6 +135,9 @@ class Injector:
 
     def _arm(self, injection: Injection) -> None:
         fault = injection.fault
+        if fault is Fault.WEIGHT:  # which is repaired from a checkpoint
+            root = self._run_dir / "checkpoints"
+            self._job.wait_for(lambda: bool(list_checkpoints(root)), "no checkpoint")
         self._armed(fault).touch()
         self._job.wait_for(
             lambda: self._mark(fault).exists() or self._job.is_done, f"did not come: {fault}"

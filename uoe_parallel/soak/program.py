@@ -23,7 +23,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="soak",
         description="Trains under torchrun, injects faults at random, and holds what comes out "
-        "against runs without faults. Exit code 0: nothing was lost, 1: something was.",
+        "against runs without faults. Exit code 0: nothing was lost, 1: something was, or no fault "
+        "came.",
     )
     parser.add_argument(
         "--seconds",
@@ -31,6 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=300.0,
         help="no fault comes later; the run that goes on then still ends (default: %(default)g)",
     )
+    parser.add_argument("--rounds", type=int, help="runs at most; as many as there is time if not")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random")
     parser.add_argument("--ranks", type=int, default=2, help="local ones (default: %(default)s)")
     parser.add_argument(
@@ -40,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--faults",
-        type=lambda text: [Fault[name.strip().upper()] for name in text.split(",")],
+        type=_faults,
         default=list(Fault),
         help=f"some of: {names}",
     )
@@ -50,7 +52,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 1 if anything was lost, or 2."""
+    """Run the program; returns its exit code: 0, 1 if anything was lost or nothing injected, or
+    2."""
     options = parse_arguments(arguments)
     start = time.monotonic()
     # Whoever ends the soak leaves no job behind.
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder.absolute(),
                 options.config,
                 seconds=options.seconds,
+                most_rounds=options.rounds,
                 seed=options.seed,
                 ranks=options.ranks,
                 faults=options.faults,
@@ -83,7 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_report(reports, options.seed, seconds)
     if options.json is not None:
         write_json(reports, options.seed, seconds, options.json)
-    return 0 if all(report.nothing_lost for report in reports) else 1
+    was_hurt = any(report.outcomes for report in reports)
+    return 0 if was_hurt and all(report.nothing_lost for report in reports) else 1
+
+
+def _faults(text: str) -> list[Fault]:
+    known = {fault.name.lower(): fault for fault in Fault}
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"no such fault: {', '.join(unknown)}")
+    return [known[name] for name in names]
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from uoe_parallel.soak.curves import Curve, deviation, read_curve
@@ -126,6 +127,7 @@ def soak(
     own_config: Path | None,
     *,
     seconds: float,
+    most_rounds: int | None,
     seed: int,
     ranks: int,
     faults: Collection[Fault],
@@ -142,7 +144,7 @@ def soak(
         possible = [fault for fault in faults if disk or fault is not Fault.FULL_DISK]
         session = Session(folder, config, ranks, disk, say)
         plan = rounds(seed, ranks=ranks, steps=STEPS, every=EVERY, faults=possible)
-        for number, planned in enumerate(plan, 1):
+        for number, planned in enumerate(islice(plan, most_rounds), 1):
             reports.append(session.play(number, planned, deadline))
             if time.monotonic() > deadline:
                 break
