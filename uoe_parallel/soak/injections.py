@@ -17,9 +17,11 @@ from uoe_parallel.checkpoint.folders import list_checkpoints
 from uoe_parallel.soak.job import Job, Lost, StepTaken
 from uoe_parallel.soak.plan import Place
 from uoe_parallel.soak.schedule import DAMAGE, Fault, Injection
+from uoe_parallel.soak.settings import WAIT_LIMIT
 
-_SLOW = 1.0
-"""Seconds between steps of a job that another one is started beside."""
+_SLOW = 0.8 * WAIT_LIMIT
+"""Seconds between steps of a job that another one is started beside. Some ranks may hear of it a
+step later."""
 _FROM_INSIDE = {
     Fault.KILL_IN_SAVE: "kill_in_save",
     Fault.WEIGHT: "flip",

@@ -23,6 +23,9 @@ from uoe_parallel import pretrain
 from uoe_parallel.parallel.groups import rank_from_environment
 from uoe_parallel.soak.plan import Place, Plan
 
+_TICK = 0.02
+"""Seconds."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program with what the plan, the first argument, says."""
@@ -51,7 +54,9 @@ def _plant(plan: Plan, rank: int) -> None:
         result = take_step(trainer)
         if rank == 0:
             plan.note(rank=rank, step=trainer.step)
-        time.sleep(float(Path(plan.pace).read_text()))
+        taken = time.monotonic()
+        while time.monotonic() - taken < float(Path(plan.pace).read_text()):
+            time.sleep(_TICK)
         return result
 
     owner.train_step = train_step

@@ -83,6 +83,8 @@ def rounds(
         kind = _KINDS[number % len(_KINDS)]
         if kind == "plain":
             drawn = list(dict.fromkeys(islice(decks, 4)))
+            # A job must not end while another one starts beside it.
+            drawn.sort(key=lambda fault: fault is not Fault.SECOND_JOB)
         elif kind == "skip":
             drawn = [Fault.TERM, Fault.SKIPPED_NAN, Fault.KILL, Fault.USR1]
         elif kind == "roll_back":
