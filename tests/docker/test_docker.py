@@ -119,26 +119,21 @@ def _services() -> dict[str, Any]:
 def test_compose_s_nodes_train_together() -> None:
     nodes = {name: one for name, one in _services().items() if name.startswith("node")}
     assert len(nodes) == 2
+    corpus = _services()["corpus"]["command"][-1]
+    script_text = (CHECKOUT / "launch" / "torchrun.sh").read_text()
     for name, node in nodes.items():
         assert node["hostname"] == name
-        launcher, program = _split(node["command"])
-        options = dict(word.removeprefix("--").split("=") for word in launcher[1:])
-        assert launcher[0] == "torchrun" and options["nnodes"] == "2"
-        assert options["rdzv-endpoint"].partition(":")[0] in nodes
-        parsed = parse_arguments(program)
-        checks = [partial(layout_faults, world_size=2 * int(options["nproc-per-node"]))]
+        variables = node["environment"]
+        assert all(f"# {variable} " in script_text for variable in variables)
+        assert variables["PET_NNODES"] == "2" and variables["PET_NPROC_PER_NODE"] == "1"
+        assert variables["PET_RDZV_ENDPOINT"].partition(":")[0] in nodes
+        assert node["command"][:2] == ["bash", "launch/torchrun.sh"]
+        parsed = parse_arguments(node["command"][2:])
+        checks = [partial(layout_faults, world_size=2)]
         config = load_config(CHECKOUT / parsed.config, parsed.overrides, checks)
-        corpus = _services()["corpus"]["command"][-1]
         assert config.data.train == f"{corpus}/train"
         for path in (config.run_dir, corpus):
             assert f"{IMAGES_FOLDER}/{path}".startswith(_shared_folder(node))
-
-
-def _split(command: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's words and the program's."""
-    place = command.index("uoe_parallel.pretrain")
-    assert command[place - 1] == "-m"
-    return command[: place - 1], command[place + 1 :]
 
 
 def _shared_folder(node: dict[str, Any]) -> str:

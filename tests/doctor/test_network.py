@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import socket
-import threading
-import time
 from collections.abc import Iterator, Mapping
 
 import pytest
 
+from uoe_parallel.doctor import network
 from uoe_parallel.doctor.network import (
     GLOO,
     NCCL,
@@ -99,24 +98,11 @@ def port() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
-def _listen_when_it_was_tried(port: int, stop: threading.Event) -> None:
-    time.sleep(0.1)  # the first attempt is made at once; no matter if it comes later
-    with socket.create_server(("127.0.0.1", port), reuse_port=True):
-        stop.wait()
-
-
-def test_who_listens_late_is_waited_for() -> None:
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind(("127.0.0.1", 0))
-        place, stop = reserved.getsockname(), threading.Event()
-        listener = threading.Thread(target=_listen_when_it_was_tried, args=(place[1], stop))
-        listener.start()
-        try:
-            assert rendezvous_faults(*place, several_nodes=False, wait=30) == []
-        finally:
-            stop.set()
-            listener.join()
+def test_who_listens_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as late:
+        late.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(network.time, "sleep", lambda seconds: late.listen())
+        assert rendezvous_faults(*late.getsockname(), several_nodes=False, wait=30) == []
 
 
 def test_a_rendezvous_without_a_listener_is_named(port: int) -> None:
