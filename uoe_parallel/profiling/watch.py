@@ -182,13 +182,16 @@ class Watch(Interception):
             late = self._late(grace)
             if late is None or time.monotonic() - self._answered < grace or self._ending.is_set():
                 continue
+            stopped = [
+                f"rank {rank} was stopped"
+                for rank, process in enumerate(self._processes)
+                if rank != self._rank and _kill(process, if_status=psutil.STATUS_STOPPED)
+            ]
+            why = ", ".join(stopped) or "its process may be stopped or gone"
             _say(
                 f"rank {self._rank} {self._told(late)} Nobody can say who is missing: ranks don't "
-                "reach their store, whose process may be stopped or gone"
+                f"reach their store; {why}"
             )
-            for rank, process in enumerate(self._processes):
-                if rank != self._rank:
-                    _kill(process, if_status=psutil.STATUS_STOPPED)
             os._exit(HANG_EXIT_CODE)
 
     def _looks(self) -> int:
@@ -261,16 +264,18 @@ def _this_process() -> dict[str, Any]:
     return {"system": system, "id": os.getpid(), "started": psutil.Process().create_time()}
 
 
-def _kill(process: dict[str, Any], if_status: str | None = None) -> None:
+def _kill(process: dict[str, Any], if_status: str | None = None) -> bool:
     """End what `_this_process` told of on a rank, if it is on this machine and still there, and is
-    in that state. One that does not run its code does not heed any other signal."""
+    in that state; whether it was. One that does not run its code does not heed any other signal."""
     if process["system"] != _this_process()["system"]:
-        return
+        return False
     try:
         found = psutil.Process(process["id"])
         # The start is counted in hundredths of a second.
         is_same = abs(found.create_time() - process["started"]) < 1.0
-        if is_same and if_status in (None, found.status()):
-            found.send_signal(signal.SIGKILL)
+        if not is_same or if_status not in (None, found.status()):
+            return False
+        found.send_signal(signal.SIGKILL)
     except psutil.Error:  # it has gone, or is another user's
-        return
+        return False
+    return True
