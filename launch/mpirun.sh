@@ -24,7 +24,7 @@ else
 fi
 [[ -z ${RANKS:-} ]] || options+=(-n "$RANKS")
 [[ -z ${INTERFACE:-} ]] || options+=(--mca oob_tcp_if_include "$INTERFACE" --mca btl_tcp_if_include "$INTERFACE")
-# mpirun gives ranks a terminal, on which they would draw bars, also where it writes to a file.
+# mpirun gives ranks a terminal, also where it writes to a file that bars would fill.
 [[ -t 1 ]] || options+=(-x TTY_COMPATIBLE=0)
 for variable in MASTER_PORT OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
     [[ -z ${!variable:-} ]] || options+=(-x "$variable")

@@ -23,6 +23,7 @@ SCRIPTS = sorted(
     [
         *(path for folder in ("launch", "tests") for path in (CHECKOUT / folder).glob("**/*.sh")),
         CHECKOUT / "launch/slurm.sbatch",
+        *(CHECKOUT / "tests/launch/remote").iterdir(),
         CHECKOUT / ".ci/run",
     ]
 )

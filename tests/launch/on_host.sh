@@ -17,12 +17,13 @@ case $launcher in
         export PET_RDZV_ENDPOINT=${addresses[0]}:29400 PET_RDZV_CONF=is_host=$((1 - NODE_RANK))
         export PET_LOCAL_ADDR=${addresses[NODE_RANK]}
         ;;
-    mpirun)
-        ((NODE_RANK == 0)) || exit 0
-        export HOSTFILE=$hostfile PRTE_MCA_plm_ssh_agent=$PWD/tests/launch/enter_host.sh
-        ;;
     deepspeed)
         export HOSTFILE=$hostfile MASTER_ADDR=${addresses[0]}
         ;;
+    mpirun | deepspeed-by-ssh)
+        ((NODE_RANK == 0)) || exit 0
+        unset NODE_RANK
+        export HOSTFILE=$hostfile PATH=$PWD/tests/launch/remote:$PATH
+        ;;
 esac
-bash "launch/$launcher.sh" "$@"
+bash "launch/${launcher%-by-ssh}.sh" "$@"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import kubernetes_validate
@@ -63,7 +65,12 @@ def test_pods_start_the_launchers_script_with_a_config_that_fits_their_ranks() -
     ranks = WORKER["replicas"] * int(SPEC["nprocPerNode"])
     checks = [partial(layout_faults, world_size=ranks)]
     config = load_config(CHECKOUT / options.config, options.overrides, checks)
-    assert config.run_dir.startswith(CONTAINER["volumeMounts"][0]["mountPath"])
+    image = (CHECKOUT / "docker" / "Dockerfile.cuda").read_text()
+    folder = PurePath(re.findall(r"^WORKDIR (.+)$", image, re.MULTILINE)[-1])
+    shared = CONTAINER["volumeMounts"][0]["mountPath"]
+    assert all(
+        (folder / path).is_relative_to(shared) for path in (config.run_dir, config.data.train)
+    )
     assert str(CONTAINER["resources"]["limits"]["nvidia.com/gpu"]) == SPEC["nprocPerNode"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +20,7 @@ from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.sharding import (
     Shard,
+    boxes,
     gather_full,
     load_full,
     named_shards,
@@ -146,3 +148,24 @@ def test_full_weights_are_loaded_and_gathered(ranks: Ranks, size: int) -> None:
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(AssertionError):
         load_full(_parameter((2, 3), 0), torch.zeros(2, 3), _group(2, 0))
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.data())
+def test_boxes_are_the_elements_of_a_range(sizes: list[int], data: st.DataObject) -> None:
+    shape = tuple(sizes)
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    start = data.draw(st.integers(0, whole.numel()))
+    size = data.draw(st.integers(0, whole.numel() - start))
+    found = []
+    for box, at in boxes(shape, start, size):
+        edges = zip(box.offsets, box.shape, strict=True)
+        values = whole[tuple(slice(first, first + length) for first, length in edges)].flatten()
+        assert at == len(found) and values.numel() > 0
+        found += values.tolist()
+    assert found == list(range(start, start + size))
+
+
+def test_boxes_of_a_matrix_are_few() -> None:
+    few = [len(list(boxes((9, 7), 1, size))) for size in (0, 5, 6, 7, 30, 62)]
+    assert few == [0, 1, 1, 2, 3, 2]
+    assert len(list(boxes((9, 7), 7, 56))) == 1

@@ -143,6 +143,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert records(tmp_path) == [], "a run that starts over keeps nothing"
 
 
+def test_events_stay_when_steps_are_taken_again(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        metrics.write(step, "train", {"loss": 1.0})
+    metrics.write(3, "event", {"what": "a jump", "ranks": [0, 2], "loss": math.nan})
+    metrics.truncate_after(1)
+    metrics.close()
+    event = {"step": 3, "kind": "event", "what": "a jump", "ranks": [0, 2], "loss": None}
+    assert records(tmp_path) == [{"step": 1, "kind": "train", "loss": 1.0}, event]
+
+
 def test_tensorboard_reads_the_events_and_hides_those_of_steps_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,10 +99,8 @@ def _fail_on_rank_1(config: RunConfig) -> tuple[int, str]:
     with distributed() as device, pytest.MonkeyPatch.context() as patch:
         groups = start_groups(ParallelLayout.from_config(config.parallel, 2))
         trainer = Trainer(config, groups, device, TrainingConsole(quiet=True))
-        failed = threading.Event()
 
         def refuse(*args: Any) -> None:
-            failed.set()
             raise OSError(28, "No space left on device")
 
         if groups.rank == 1:
@@ -111,9 +109,10 @@ def _fail_on_rank_1(config: RunConfig) -> tuple[int, str]:
         trainer.save()
         if groups.rank == 1:
             # The other may not have heard of it when it comes to the next step.
-            assert failed.wait(DEADLINE)
-            while not trainer.saver.has_failed:
-                pass
+            thread = trainer.saver._thread
+            assert thread is not None
+            thread.join(DEADLINE)
+            assert trainer.saver.has_failed
         with pytest.raises(UserError) as error:
             trainer.train_step()
         trainer.folder.close()

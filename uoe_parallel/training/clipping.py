@@ -51,7 +51,7 @@ class GradientClipper:
         self._norm = torch.zeros(())
         self._wrapper = engine.optimizer
         if isinstance(self._wrapper, DeepSpeedZeroOptimizer_Stage3):
-            self._wrapper._get_norm_groups = lambda: [self._norm]
+            self._wrapper._get_norm_groups = lambda: [self._norm.to(self._wrapper.device)]
         elif isinstance(self._wrapper, DeepSpeedZeroOptimizer):
             self._wrapper.scaled_global_norm = lambda *_, **__: self._norm
         else:
@@ -72,7 +72,8 @@ class GradientClipper:
         square = zero.clone()
         norms: dict[bool, list[Tensor]] = {True: [zero], False: [zero]}
         for gradient, counts in self._gradients():
-            norms[counts].append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            norms[counts].append(norm.to(zero.device))
         for counts, values in norms.items():
             square += int(counts) * torch.stack(values).square().sum()
         own = torch.stack((int(self._groups.tensor_rank == 0) * loss_sum, square))
@@ -109,19 +110,31 @@ class GradientClipper:
         ranks each element counts once."""
         wrapper = self._wrapper
         if isinstance(wrapper, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
-            stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
-            for number, params in enumerate(
-                wrapper.fp16_groups if stage3 else wrapper.params_in_partition
-            ):
-                gradients = wrapper.averaged_gradients[number]
-                own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-                for param, gradient in zip(params, own, strict=stage3):
-                    yield gradient, counts_once(param, self._groups)
+            for param, gradient in self._partitions():
+                yield gradient, counts_once(param, self._groups)
             return
         for param, gradient in self._whole_gradients():
             if gradient is not None:
                 is_first = replica_group(param, self._groups).rank() == 0
                 yield gradient, is_first and counts_once(param, self._groups)
+
+    def _partitions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Gradients that ZeRO has cut over replicas, this rank's part."""
+        wrapper = self._wrapper
+        if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            for number, params in enumerate(wrapper.params_in_partition):
+                gradients = wrapper.averaged_gradients[number]
+                own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+                yield from zip(params, own, strict=False)
+            return
+        for number, params in enumerate(wrapper.fp16_groups):
+            if not wrapper.offload_optimizer:
+                yield from zip(params, wrapper.averaged_gradients[number], strict=True)
+                continue
+            for param in params:
+                group, start, size = wrapper.grad_position[wrapper.get_param_id(param)]
+                masters: Any = wrapper.fp32_partitioned_groups_flat[group]
+                yield param, masters.grad.narrow(0, start, size)
 
     def _whole_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
         """Gradients as every replica holds them."""

@@ -58,7 +58,9 @@ class TrainingConsole:
     ) -> None:
         """`stream` defaults to sys.stdout and `terminal` to what `stream` is."""
         file: TextIO = sys.stdout if stream is None else stream
-        terminal = file.isatty() if terminal is None else terminal
+        if terminal is None:
+            # Rich heeds TTY_COMPATIBLE=0, which denies the terminals that mpirun gives to ranks.
+            terminal = file.isatty() and Console(file=file).is_terminal
         self._console = Console(
             file=file,
             quiet=quiet,
