@@ -59,3 +59,5 @@ def test_only_wanted_faults_come() -> None:
     wanted = (Fault.KILL, Fault.RESHARDED)
     found = _rounds(1, 6, wanted)
     assert {injection.fault for r in found for injection in r.injections} == set(wanted)
+    # No run without a NaN is held against one with it.
+    assert {planned.reference for planned in found} == {"plain"}

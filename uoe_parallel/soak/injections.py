@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from uoe_parallel.checkpoint.folders import list_checkpoints
-from uoe_parallel.soak.job import Job, Lost, StepTaken
+from uoe_parallel.soak.job import Job, Lost, Missed, StepTaken
 from uoe_parallel.soak.plan import Place
 from uoe_parallel.soak.schedule import DAMAGE, Fault, Injection
 from uoe_parallel.soak.settings import WAIT_LIMIT
@@ -80,29 +82,37 @@ class Injector:
                 self._job.plant(nan_batch=self._nan_batch, nan_mark=mark)
 
     def inject(self, injection: Injection) -> Outcome:
-        """Raises Lost if the job does not get further after it."""
+        """Raises Lost if the job does not get further after it, Missed if it is done before."""
         job, fault = self._job, injection.fault
         if fault in _NANS:
-            job.wait_for(self._mark(fault).exists, f"no step was reached for: {fault}")
-            began = self._mark(fault).stat().st_mtime
+            self._wait_for(self._mark(fault).exists, f"no step was reached for: {fault}")
+            began = 0.0
         else:
-            job.wait_for(
-                lambda: bool(self._taken()) and self._taken()[-1].step >= injection.step,
+            self._wait_for(
+                lambda: bool(job.steps()) and job.steps()[-1].step >= injection.step,
                 f"step {injection.step} was not reached for: {fault}",
             )
             time.sleep(injection.delay)
+            if job.is_done:
+                raise Missed
             began = time.time()
             self._acts[fault](injection)
-            if fault in _FROM_INSIDE:
-                began = self._mark(fault).stat().st_mtime
+        if fault in (*_NANS, *_FROM_INSIDE):
+            began = self._mark(fault).stat().st_mtime
         return self._recovery(fault, began)
+
+    def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Raises Missed if the job is done before."""
+        self._job.wait_for(lambda: condition() or self._job.is_done, what)
+        if not condition():
+            raise Missed
 
     def _recovery(self, fault: Fault, began: float) -> Outcome:
         """Wait until the job has taken a step that it had not taken before, or is done."""
 
         def split() -> tuple[list[StepTaken], list[StepTaken]]:
             """Steps from before and after it."""
-            taken = self._taken()
+            taken = self._job.steps()
             victim = next((s.process for s in reversed(taken) if s.time <= began), None)
             later = [
                 place
@@ -112,22 +122,21 @@ class Injector:
             place = later[0] if later else len(taken)
             return taken[:place], taken[place:]
 
+        # Ranks look at each other when a step is told already.
+        slack = 1 if fault in _NO_PROCESS_ENDS else 0
+
         def has_recovered() -> bool:
             before, after = split()
-            # An observer of weights looks when the step is told already.
-            slack = 1 if fault in _NO_PROCESS_ENDS else 0
             return any(step.step > _furthest(before) + slack for step in after)
 
         self._job.wait_for(lambda: has_recovered() or self._job.is_done, f"no recovery of: {fault}")
         before, after = split()
-        repeated = len(after) - len({s.step for s in after} - {s.step for s in before})
+        new = {step.step for step in after} - {step.step for step in before}
+        repeated = len(after) - len(new)
         if fault in _NO_PROCESS_ENDS:
-            after = [step for step in after if step.step > _furthest(before)]
-        ended = after[0].time if after else time.time()
-        return Outcome(fault, _furthest(before), repeated, ended - began)
-
-    def _taken(self) -> list[StepTaken]:
-        return self._job.steps()
+            after = [step for step in after if step.step > _furthest(before) + slack]
+        again = after[0].time if after else time.time()
+        return Outcome(fault, _furthest(before), repeated, again - began)
 
     def _mark(self, fault: Fault) -> Path:
         return self._job.folder / f"{fault.name}.mark"
@@ -139,13 +148,9 @@ class Injector:
         fault = injection.fault
         if fault is Fault.WEIGHT:  # which is repaired from a checkpoint
             root = self._run_dir / "checkpoints"
-            self._job.wait_for(lambda: bool(list_checkpoints(root)), "no checkpoint")
+            self._wait_for(lambda: bool(list_checkpoints(root)), "no checkpoint")
         self._armed(fault).touch()
-        self._job.wait_for(
-            lambda: self._mark(fault).exists() or self._job.is_done, f"did not come: {fault}"
-        )
-        if not self._mark(fault).exists():
-            raise Lost(f"the run was done before: {fault}")
+        self._wait_for(self._mark(fault).exists, f"did not come: {fault}")
 
     def _damage(self, injection: Injection) -> None:
         """To the newest of several checkpoints, between two lives."""
@@ -196,9 +201,9 @@ class Injector:
         holder, filler = self._job.process(0), self._disk / "filler"
         try:
             _write_until_full(filler)
-            self._job.wait_for(
-                lambda: self._job.is_done or not _lives(holder), "nobody minded a full disk"
-            )
+            self._wait_for(lambda: not _lives(holder), "nobody minded a full disk")
+            if self._job.is_done:
+                raise Missed
         finally:
             filler.unlink(missing_ok=True)
 
@@ -208,14 +213,14 @@ def _furthest(steps: Sequence[StepTaken]) -> int:
 
 
 def _write_until_full(file: Path) -> None:
-    block = bytes(2**16)
     with file.open("wb", buffering=0) as out:
-        try:
-            while True:
-                out.write(block)
-                os.fsync(out.fileno())
-        except OSError:
-            return
+        # At once, for the job goes on; and what it freed meanwhile.
+        with suppress(OSError):
+            os.posix_fallocate(out.fileno(), 0, shutil.disk_usage(file.parent).free)
+        out.seek(0, os.SEEK_END)
+        with suppress(OSError):
+            while out.write(bytes(4096)):
+                pass
 
 
 def _lives(process: int) -> bool:

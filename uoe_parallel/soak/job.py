@@ -35,6 +35,10 @@ class Lost(Exception):
     """The job did not do what it was waited for."""
 
 
+class Missed(Exception):
+    """The job was done before a fault could come."""
+
+
 @dataclass(frozen=True)
 class StepTaken:
     """One step that rank 0 told of."""

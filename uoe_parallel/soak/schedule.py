@@ -98,7 +98,7 @@ def rounds(
             continue
         moments = _moments(random, len(drawn), steps, every)
         yield Round(
-            reference="plain" if kind == "resharded" else kind,
+            reference=_reference(kind, drawn),
             asynchronous=kind != "roll_back" and random.random() < 0.5,
             injections=tuple(
                 Injection(
@@ -111,6 +111,10 @@ def rounds(
                 for fault, step in zip(drawn, moments, strict=True)
             ),
         )
+
+
+def _reference(kind: Reference | Literal["resharded"], drawn: Sequence[Fault]) -> Reference:
+    return kind if kind != "resharded" and set(_NANS) & set(drawn) else "plain"
 
 
 _NANS = (Fault.SKIPPED_NAN, Fault.ROLLED_BACK_NAN)

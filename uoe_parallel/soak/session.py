@@ -14,7 +14,7 @@ from pathlib import Path
 
 from uoe_parallel.soak.curves import Curve, deviation, read_curve
 from uoe_parallel.soak.injections import Injector, Outcome
-from uoe_parallel.soak.job import Job, Lost
+from uoe_parallel.soak.job import Job, Lost, Missed
 from uoe_parallel.soak.schedule import Fault, Reference, Round, nan_step, rounds
 from uoe_parallel.soak.settings import (
     EVERY,
@@ -81,7 +81,10 @@ class Session:
                     if time.monotonic() > deadline:
                         break
                     self._say(f"round {number}, step {injection.step}: {injection.fault}")
-                    outcomes.append(injector.inject(injection))
+                    try:
+                        outcomes.append(injector.inject(injection))
+                    except Missed:
+                        break
                 job.set_pace(0.0)
                 job.wait_for(lambda: job.is_done, "the run did not come to its end")
             except Lost as lost:
