@@ -87,11 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         faults = _way_to_others(facts.rank, options, several_nodes=world > local)
         if not faults:
-            with distributed(timedelta(seconds=options.wait)) as device:
+            wait = timedelta(seconds=options.wait)
+            with distributed(wait) as device:
                 # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
                 from uoe_parallel.doctor.launch import examine_launch
 
-                is_healthy = examine_launch(facts, parallel, options.json, device)
+                is_healthy = examine_launch(facts, parallel, options.json, device, wait)
                 return 0 if is_healthy else FAULTY
     except UserError as error:
         if facts.rank == 0:
