@@ -84,6 +84,7 @@ class Recovery:
         self._restore(reader)
         trainer.folder.forget_after(trainer.step)
         trainer.timer.take()
+        trainer.routes.forget()
         for block in trainer.model.routed_blocks().values():
             block.statistics.reset()
         trainer.console.say(
