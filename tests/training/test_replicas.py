@@ -180,6 +180,11 @@ def test_repaired_run_equals_one_without_the_fault(ranks: Ranks, tmp_path: Path)
     # Steps that were taken again count once.
     of_two, again_of_two, of_one = (record["routes/tokens"] for record in records)
     assert of_two == again_of_two == 2 * of_one > 0
+    # And what changed since a report is told from where the run went back to.
+    last = metrics(tmp_path / "straight" / "run")[-1]
+    drifts = {name: value for name, value in last.items() if "_drift/" in name}
+    assert drifts and all(drifts.values())
+    assert {name: records[-1][name] for name in drifts} == drifts
 
 
 def test_replicas_that_differ_reach_no_checkpoint(ranks: Ranks, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class RunRoutes:
         return {"routes/flipped_tokens": float(flipped), "routes/tokens": float(tokens)}
 
     def forget(self) -> None:
-        """The steps since the last report, which are about to be taken again."""
+        """The steps since the last report."""
         self._flipped, self._tokens = torch.zeros_like(self._flipped), 0
 
     @contextmanager
