@@ -126,7 +126,7 @@ def during(phase: Phase) -> Iterator[None]:
 @contextmanager
 def aside() -> Iterator[None]:
     """What is called in the block, by a thread beside the one that trains, is no part of the run's
-    own sequence of collectives: those who look on at that leave it out."""
+    own sequence of collectives: those who look on at that leave it out, or apart."""
     before = _is_aside.set(True)
     try:
         yield
