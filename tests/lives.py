@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.harness import free_port
 from uoe_parallel.pretrain import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # of the tests' ranks: torch is loaded
@@ -87,10 +87,7 @@ def live(
     """Call the program on `world_size` ranks. `log`: a folder for what they say; `own`: arguments
     that a rank has more than others."""
     log.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    processes, port = [], free_port()
     for rank in range(world_size):
         words = [str(word) for word in (*arguments, *(own or {}).get(rank, ()))]
         planted = [happening for happening in happenings if happening.rank == rank]

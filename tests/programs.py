@@ -98,6 +98,13 @@ def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+def curves(run_dir: Path) -> list[list[Any]]:
+    """What must not depend on how often a run was ended and started again."""
+    kinds = ("train", "validation", "test")
+    names = ("step", "kind", "loss", "gradient_norm", "learning_rate", "accuracy")
+    return [[r.get(name) for name in names] for kind in kinds for r in metrics(run_dir, kind)]
+
+
 def script(name: str) -> str:
     """A program that is installed beside this Python."""
     path = Path(sys.executable).parent / name

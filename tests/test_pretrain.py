@@ -6,7 +6,6 @@ import math
 import pkgutil
 import shlex
 import shutil
-import socket
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.harness import Ranks
+from tests.harness import Ranks, free_port
 from tests.programs import CHECKOUT, Outcome, call_program, launch, metrics, script, write_run
 from uoe_parallel.config.load import load_config
 from uoe_parallel.pretrain import main
@@ -245,9 +244,7 @@ def test_torchrun_starts_both_ranks_and_is_told_as_the_way_on(ranks: Ranks, tmp_
 
 
 def _deepspeed() -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     return [script("deepspeed"), "--num_gpus", "2", "--master_port", port, "--module"]
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.tiny import tiny_config
-from uoe_parallel.doctor.facts import MISTAKE, Facts, compared, config_fields
+from uoe_parallel.doctor.facts import MISTAKE, Facts, compared, config_values
 from uoe_parallel.doctor.faults import Fault, ranks_text, told
 
-CONFIG = config_fields(tiny_config())
+CONFIG = config_values(tiny_config())
 ONE = Facts(
     rank=0,
     host="node0",

@@ -126,6 +126,13 @@ def test_a_place_to_meet_may_be_ipv6() -> None:
     assert parse_arguments(["--rendezvous", "[fd00::2]:29500"]).rendezvous == ("fd00::2", 29500)
 
 
+@pytest.mark.parametrize("place", ["node0", "node0:", ":29500", "node0:a"])
+def test_a_place_to_meet_has_a_port(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--rendezvous", place])
+    assert f"{place!r} is not HOST:PORT, such as node0:29400" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_under_torchrun() -> None:
     torchrun = [script("torchrun"), "--standalone", "--nproc-per-node", "2"]

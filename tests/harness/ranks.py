@@ -189,7 +189,7 @@ class Ranks:
                 worker.close()
             self._workers[rank] = _Worker(self._folder / f"rank{rank}.log")
         store = self._folder / f"case{next(self._cases)}"
-        case = Case(call, 0, world_size, store, _free_port())
+        case = Case(call, 0, world_size, store, free_port())
         outcomes: dict[int, Success | RankFailure] = {}
         try:
             for rank in range(world_size):
@@ -259,7 +259,8 @@ def _current_test() -> str:
     return f"{name}, " if name else ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, for ranks to meet at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

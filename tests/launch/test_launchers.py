@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Ranks
+from tests.harness import Ranks, free_port
 from tests.launch.hosts import host_names, needs_namespaces, two_hosts
 from tests.launch.starting import has_taken, started, wait_until
 from tests.programs import CHECKOUT, call_program, metrics, write_run
@@ -98,8 +98,8 @@ def test_two_hosts_go_on_after_a_rank_of_one_was_killed(
 
 LOCAL_RANKS = {
     "torchrun": {"PET_NPROC_PER_NODE": "2"},
-    "mpirun": {"RANKS": "2", "MASTER_PORT": "29731"},
-    "deepspeed": {"RANKS": "2", "MASTER_PORT": "29732"},
+    "mpirun": {"RANKS": "2"},
+    "deepspeed": {"RANKS": "2"},
 }
 
 
@@ -112,7 +112,8 @@ def test_told_to_leave_all_ranks_save_first(
     config, output = _run(tmp_path, steps=100_000), tmp_path / "output"
     script = CHECKOUT / "launch" / f"{launcher}.sh"
     command = ("bash", script, "--config", config)
-    with started(*command, output=output, variables=LOCAL_RANKS[launcher]) as process:
+    variables = LOCAL_RANKS[launcher] | {"MASTER_PORT": str(free_port())}
+    with started(*command, output=output, variables=variables) as process:
         wait_until(has_taken(2, tmp_path / "run"), process, output)
         process.send_signal(asked)
         assert process.wait(120) == 128 + asked, output.read_text()

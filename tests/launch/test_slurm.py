@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,15 @@ def _job(folder: Path, **variables: str) -> dict[str, str]:
     }
 
 
+def _free_number() -> str:
+    """Of a job at whose port nobody listens."""
+    for number in random.sample(range(10_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", 20_000 + number))
+            return str(number)
+    raise AssertionError("no port is free")
+
+
 def _end(folder: Path, **variables: str) -> int:
     """The exit code of a job in which something stands for Python."""
     command = ("bash", folder / "slurm_script", "--config", "a file", "a.b=1")
@@ -132,11 +144,13 @@ def test_told_before_its_time_is_over_it_saves_and_queues_again(
     config = write_run(tmp_path, parallel={"tensor": 2}, training={"steps": 10_000})
     output, run_dir = tmp_path / "output", tmp_path / "run"
     command = ("bash", tmp_path / "slurm_script", "--config", config)
-    with started(*command, output=output, variables=_job(tmp_path)) as process:
+    number = _free_number()
+    variables = _job(tmp_path, SLURM_JOB_ID=number)
+    with started(*command, output=output, variables=variables) as process:
         wait_until(has_taken(2, run_dir), process, output)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) == 138, output.read_text()
-    assert (tmp_path / "requeued").read_text() == "31415\n"
+    assert (tmp_path / "requeued").read_text() == f"{number}\n"
     assert (tmp_path / "srun").read_text().count("pretrain") == 1
 
     # The same job again finds what was saved.

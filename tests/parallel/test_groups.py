@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import torch.distributed as dist
 from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.parallel.groups import (
+    TIMEOUT,
     distributed,
     local_size_from_environment,
     rank_from_environment,
+    start_aside_group,
+    start_groups,
     world_size_from_environment,
 )
 from uoe_parallel.parallel.layout import ParallelLayout
@@ -124,6 +128,19 @@ def test_ranks_of_a_node_are_read_from_the_launcher(
     for name, value in {"WORLD_SIZE": "8", **environment}.items():
         monkeypatch.setenv(name, value)
     assert local_size_from_environment() == local_size
+
+
+def _timeouts() -> set[timedelta]:
+    """Of the groups of a layout, and of the one beside it."""
+    layout = ParallelLayout(2, 2, 1, 2, sequence_parallel=False, zero_stage=0)
+    groups = start_groups(layout)
+    every = (groups.tensor, groups.data, groups.pipe, start_aside_group())
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in every}
+
+
+def test_ranks_wait_in_all_groups_as_long_as_in_the_world(ranks: Ranks) -> None:
+    for found in ranks(2).run(_timeouts):
+        assert found == {TIMEOUT}
 
 
 def _start_again(*, launched: bool) -> tuple[int, str, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
+import threading
 import time
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness import Ranks
+from tests.harness import Ranks, free_port
 from tests.lives import live
 from tests.model.cases import start
 from tests.profiling.hanging import SLEEPING, STOPPED, rank
@@ -33,7 +33,7 @@ from uoe_parallel.profiling import watch
 def test_ranks_that_hang_are_named_and_all_end(tmp_path: Path) -> None:
     # More than the ranks of a tiny run wait for each other on a busy machine.
     config = write_run(tmp_path, training={"global_batch_size": 6}, profile={"wait_limit": 3})
-    port = _free_port()
+    port = free_port()
     complaints = [tmp_path / f"complaints-{number}" for number in range(3)]
     processes = [_start(number, config, port, file) for number, file in enumerate(complaints)]
     try:
@@ -94,6 +94,29 @@ def test_rank_that_builds_for_long_is_waited_for_until_it_is_silent(tmp_path: Pa
     assert "before the first step. Not there: rank 1, which does not answer" in life.err[0]
 
 
+@dataclass(frozen=True)
+class _StuckDisk:
+    """Rank 1 never comes to the end of writing a checkpoint."""
+
+    rank: int = 1
+
+    def plant(self) -> None:
+        store: Any = import_module("uoe_parallel.checkpoint.store")
+        store.save_file = lambda *_: threading.Event().wait()
+
+
+@pytest.mark.usefixtures("ranks")
+def test_rank_that_hangs_in_writing_beside_training_is_named(tmp_path: Path) -> None:
+    config = write_run(
+        tmp_path, checkpoint={"every": 1, "asynchronous": True}, profile={"wait_limit": 2}
+    )
+    life = live(tmp_path / "log", 2, "--config", config, happenings=[_StuckDisk()])
+    assert life.codes == [HANG_EXIT_CODE] * 2, life
+    [told] = [line for line in life.err[0].splitlines() if "uoe-" in line]
+    assert "agreement (beside training) over ranks 0, 1 of the world group" in told
+    assert told.endswith("Not there: rank 1, which still writes")
+
+
 def _start(number: int, config: Path, port: int, complaints: Path) -> BaseProcess:
     """A rank of three, by itself: a launcher takes half a minute to end one that is stopped."""
     places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
@@ -103,12 +126,6 @@ def _start(number: int, config: Path, port: int, complaints: Path) -> BaseProces
     process = context.Process(target=rank, args=(number, environment, config, complaints))
     process.start()
     return process
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class _Mark:

@@ -45,3 +45,14 @@ def test_config_that_cannot_be_is_refused(
 ) -> None:
     assert main(["--config", str(tmp_path / "missing.yaml"), "--folder", str(tmp_path)]) == 2
     assert "missing.yaml" in capsys.readouterr().err
+
+
+def test_folder_with_something_in_it_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    own.touch()
+    for folder, word in ((tmp_path, "is not empty"), (own, "exists")):
+        assert main(["--folder", str(folder)]) == 2
+        assert word in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [own]

@@ -8,18 +8,16 @@ import signal
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.harness import Ranks
 from tests.lives import Happening, Life, live
-from tests.programs import call_program, metrics, write_run
+from tests.programs import call_program, curves, write_run
 from uoe_parallel.training import interruption
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 STEPS = 5
-CURVE = ("step", "kind", "loss", "gradient_norm", "learning_rate")
 
 
 def _config(folder: Path) -> Path:
@@ -28,12 +26,6 @@ def _config(folder: Path) -> Path:
         training={"steps": STEPS, "validate_every": 3},
         checkpoint={"every": 3, "keep": 9},
     )
-
-
-def _curves(run: Path) -> list[list[Any]]:
-    """What must not depend on how often a run was interrupted."""
-    kinds = ("train", "validation", "test")
-    return [[r.get(name) for name in CURVE] for kind in kinds for r in metrics(run, kind)]
 
 
 def _saved(run: Path) -> list[int]:
@@ -70,7 +62,7 @@ def test_signals_end_all_ranks_between_steps(ranks: Ranks, tmp_path: Path) -> No
 
     straight = ("--config", config, f"run_dir={tmp_path / 'straight'}")
     assert [outcome.code for outcome in ranks(2).run(call_program, *straight)] == [0, 0]
-    assert _curves(run) == _curves(tmp_path / "straight")
+    assert curves(run) == curves(tmp_path / "straight")
 
 
 def _wait_for_ever(patience: float, connection: Connection) -> None:

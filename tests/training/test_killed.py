@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.harness import Ranks
 from tests.lives import Happening, live
-from tests.programs import call_program, metrics, write_run
+from tests.programs import call_program, curves, metrics, write_run
 from uoe_parallel.checkpoint.folders import list_checkpoints, step_of
 
 STEPS, EVERY = 8, 2
@@ -48,15 +48,9 @@ def test_killed_ranks_are_restarted_without_a_trace(ranks: Ranks, tmp_path: Path
 
     straight = ("--config", config, f"run_dir={tmp_path / 'straight'}")
     assert [outcome.code for outcome in ranks(2).run(call_program, *straight)] == [0, 0]
-    assert _results(run) == _results(tmp_path / "straight")
+    assert curves(run) == curves(tmp_path / "straight")
     assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1))
 
 
 def _newest(run: Path) -> int:
     return max(map(step_of, list_checkpoints(run / "checkpoints")), default=0)
-
-
-def _results(run: Path) -> list[tuple[object, ...]]:
-    kinds = ("train", "validation", "test")
-    names = ("step", "kind", "loss", "gradient_norm", "accuracy")
-    return [tuple(r.get(name) for name in names) for kind in kinds for r in metrics(run, kind)]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import Ranks
 from tests.lives import Happening, live
-from tests.programs import call_program, metrics, write_run
+from tests.programs import call_program, curves, write_run
 from uoe_parallel.checkpoint.folders import list_checkpoints
 
 STEPS = 5
@@ -45,10 +45,4 @@ def test_killed_saves_leave_no_trace(ranks: Ranks, tmp_path: Path, asynchronous:
 
     straight = ("--config", config, f"run_dir={tmp_path / 'straight'}", "checkpoint.every=0")
     assert [outcome.code for outcome in ranks(2).run(call_program, *straight)] == [0, 0]
-    assert _results(run) == _results(tmp_path / "straight")
-
-
-def _results(run: Path) -> list[tuple[object, ...]]:
-    kinds = ("train", "validation", "test")
-    names = ("step", "kind", "loss", "gradient_norm", "accuracy")
-    return [tuple(r.get(name) for name in names) for kind in kinds for r in metrics(run, kind)]
+    assert curves(run) == curves(tmp_path / "straight")

@@ -162,19 +162,29 @@ def _sections(**replicas: Any) -> dict[str, Any]:
 
 
 def test_repaired_run_equals_one_without_the_fault(ranks: Ranks, tmp_path: Path) -> None:
-    straight = _config(tmp_path / "straight", **_sections())
-    hit = _config(tmp_path / "hit", **_sections(check_every=1, on_mismatch="repair"))
+    routes, logging = str(tmp_path / "routes"), {"every": 2}
+    straight = _config(tmp_path / "straight", **_sections(), routes={"record": routes})
+    repairing = _sections(check_every=1, on_mismatch="repair")
+    hit = _config(tmp_path / "hit", **repairing, routes={"compare": routes}, logging=logging)
     expected = ranks(2).run(_live, straight, 0, [])
     # The first hit is found after a step, the other before a checkpoint that was due.
-    lives = ranks(2).run(_live, hit, 1, [2, 4])
+    lives = ranks(2).run(_live, hit, 1, [2, 5])
     for life, other in zip(lives, expected, strict=True):
         assert life.error is None and life.losses == other.losses
-        assert (life.tries, other.tries) == (8, 5)
+        assert (life.tries, other.tries) == (7, 5)
     events = metrics(tmp_path / "hit" / "run", "event")
-    assert [(event["step"], event["done"]) for event in events] == [(3, "repair"), (4, "repair")]
+    assert [(event["step"], event["done"]) for event in events] == [(3, "repair"), (5, "repair")]
     assert {(event["tensor"], *event["ranks"]) for event in events} == {(f"{NORM}/weight", 1)}
     records = metrics(tmp_path / "hit" / "run")
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records] == [2, 4, 5]
+    # Steps that were taken again count once.
+    of_two, again_of_two, of_one = (record["routes/tokens"] for record in records)
+    assert of_two == again_of_two == 2 * of_one > 0
+    # And what changed since a report is told from where the run went back to.
+    last = metrics(tmp_path / "straight" / "run")[-1]
+    drifts = {name: value for name, value in last.items() if "_drift/" in name}
+    assert drifts and all(drifts.values())
+    assert {name: records[-1][name] for name in drifts} == drifts
 
 
 def test_replicas_that_differ_reach_no_checkpoint(ranks: Ranks, tmp_path: Path) -> None:

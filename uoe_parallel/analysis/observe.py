@@ -75,8 +75,8 @@ class Call:
     is_async: bool
     """Whether the caller goes on at once. A send or a "recv" does not tell, and is taken not to."""
     way: tuple[int, ...] | str
-    """The ranks, but of a send or "recv" from whom and to whom: both ends, and all ranks of a
-    group, call what goes one way in the same order."""
+    """The ranks, but of a send or "recv" from whom and to whom, and of what goes on aside that as
+    well: both ends, and all ranks of a group, call what goes one way in the same order."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,15 @@ class Interception:
     libraries keep copies: megatron-core's, DeepSpeed's and our own calls are all seen, and each
     once, those of backward passes included. Nothing is replaced while no such context is open; of
     several, the one that was opened last is to be closed first. Groups of one rank move nothing and
-    are left out, and so is what goes on `aside`.
+    are left out, and so is what goes on `aside`, if not asked for.
     """
 
     refuses_unknown = False
     """Whether a collective that is not in `OPERATIONS` raises KeyError. It is left alone if not: no
     run is to end by being looked at."""
+
+    sees_aside = False
+    """Whether what goes on `aside` is seen as well, from its own thread."""
 
     def __init__(self, groups: ParallelGroups | None = None) -> None:
         """Without `groups` the libraries' calls have no purpose: `Purpose.OTHER`."""
@@ -157,7 +160,7 @@ class Interception:
         operation, place = OPERATIONS[name]
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if group.size() == 1 or is_aside():
+            if group.size() == 1 or (is_aside() and not self.sees_aside):
                 return original(group, *args, **kwargs)
             payload = 0 if place is None else _bytes(args[place])
             note = self.called(self._call(operation, group, payload, args, kwargs))
@@ -207,6 +210,8 @@ class Interception:
                 kept = _kept(args[1], args[3], group)
             elif operation == "broadcast" and options.rootRank != group.rank():
                 payload = 0
+        if is_aside():
+            way = f"aside of {way}"
         purpose = naming.purpose(operation, group, ranks, payload)
         phase = naming.phase(purpose)
         return Call(operation, group, ranks, purpose, phase, payload, kept, is_async, way)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.doctor import machine, network
 from uoe_parallel.doctor.faults import Fault, Found, difference, gathered
 from uoe_parallel.doctor.versions import apex_faults, code_fingerprint, installed_versions
+from uoe_parallel.parallel.sameness import config_fields
 
 MISTAKE = "file"
 """In the place of a config's values: what is wrong with it."""
@@ -117,14 +119,6 @@ def _config_differences(facts: Sequence[Facts]) -> list[Found]:
     return found
 
 
-def config_fields(config: RunConfig) -> dict[str, str]:
-    """Every value by its dotted name."""
-    return dict(_leaves("", config.model_dump()))
-
-
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, dict):
-        yield prefix, repr(value)
-        return
-    for name, inner in value.items():
-        yield from _leaves(f"{prefix}.{name}" if prefix else str(name), inner)
+def config_values(config: RunConfig) -> dict[str, str]:
+    """Every value by its dotted name, as JSON."""
+    return {name: json.dumps(value) for name, value in config_fields(config).items()}

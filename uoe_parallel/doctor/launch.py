@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from uoe_parallel.parallel.layout import ParallelLayout
 
 
 def examine_launch(
-    facts: Facts, parallel: Mapping[str, Any], file: Path | None, device: Device
+    facts: Facts, parallel: Mapping[str, Any], file: Path | None, device: Device, wait: timedelta
 ) -> bool:
     """Whether all is well, on every rank; rank 0 prints what was found. Collective over all ranks.
 
     facts: of this rank. parallel: its config's section, empty if it could not be read. file: where
-    rank 0 writes everything as JSON.
+    rank 0 writes everything as JSON. wait: how long ranks wait for each other in their groups.
 
     Raises UserError if no rank can read its config, or if `file` cannot be written; RuntimeError if
     a rank stays away.
@@ -41,7 +42,7 @@ def examine_launch(
         raise UserError(agreed["mistake"])
     examination = Examination(everyone, compared(everyone))
     if agreed["parallel"]:
-        examination = _with_groups(examination, agreed["parallel"], device)
+        examination = _with_groups(examination, agreed["parallel"], device, wait)
     is_healthy = broadcast_json(examination.is_healthy, world)
     with shared_fate(f"--json: {file} cannot be written", "Name another file", world):
         if dist.get_rank() == 0:
@@ -59,12 +60,12 @@ def _agreement(everyone: Sequence[Facts], parallel: Mapping[str, Any]) -> dict[s
 
 
 def _with_groups(
-    examination: Examination, parallel: Mapping[str, Any], device: Device
+    examination: Examination, parallel: Mapping[str, Any], device: Device, wait: timedelta
 ) -> Examination:
     """Also of the groups of this layout. Collective over all ranks."""
     config = ParallelConfig.model_validate(parallel)
     layout = ParallelLayout.from_config(config, dist.get_world_size())
-    groups = start_groups(layout)
+    groups = start_groups(layout, wait)
     reports = gather_json([vars(one) for one in check_results(groups, device)], groups.world)
     wrong = {rank: [Fault(**one) for one in found] for rank, found in enumerate(reports)}
     found = [*examination.found, *gathered(wrong)]

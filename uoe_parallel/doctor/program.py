@@ -19,7 +19,7 @@ from typing import Any
 
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import ParallelConfig
-from uoe_parallel.doctor.facts import MISTAKE, config_fields, own_facts
+from uoe_parallel.doctor.facts import MISTAKE, config_values, own_facts
 from uoe_parallel.doctor.faults import Fault, gathered, told
 from uoe_parallel.doctor.network import rendezvous_faults
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
@@ -69,6 +69,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _host_and_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as node0:29400")
     return host.strip("[]"), int(port)
 
 
@@ -87,11 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         faults = _way_to_others(facts.rank, options, several_nodes=world > local)
         if not faults:
-            with distributed(timedelta(seconds=options.wait)) as device:
+            wait = timedelta(seconds=options.wait)
+            with distributed(wait) as device:
                 # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
                 from uoe_parallel.doctor.launch import examine_launch
 
-                is_healthy = examine_launch(facts, parallel, options.json, device)
+                is_healthy = examine_launch(facts, parallel, options.json, device, wait)
                 return 0 if is_healthy else FAULTY
     except UserError as error:
         if facts.rank == 0:
@@ -115,7 +118,7 @@ def _config(options: argparse.Namespace, world: int) -> tuple[Mapping[str, str],
         config = load_config(options.config, options.overrides, checks)
     except UserError as error:
         return {MISTAKE: str(error)}, {}
-    return config_fields(config), config.parallel.model_dump() if world > 1 else {}
+    return config_values(config), config.parallel.model_dump() if world > 1 else {}
 
 
 def _way_to_others(rank: int, options: argparse.Namespace, *, several_nodes: bool) -> list[Fault]:

@@ -16,6 +16,9 @@ from torch.distributed import ProcessGroup
 from uoe_parallel.parallel.device import Device, use_device
 from uoe_parallel.parallel.layout import ParallelLayout
 
+TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for each other before the backend gives up."""
+
 
 @dataclass(frozen=True)
 class ParallelGroups:
@@ -78,7 +81,7 @@ def local_size_from_environment() -> int:
 
 
 @contextmanager
-def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Device]:
+def distributed(timeout: timedelta = TIMEOUT) -> Iterator[Device]:
     """torch.distributed and deepspeed.comm for the life of the block.
 
     The ranks come from torchrun's variables, or through mpi4py under mpirun; a process that no
@@ -114,8 +117,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_groups(layout: ParallelLayout) -> ParallelGroups:
-    """Create megatron-core's groups for `layout`. Collective over all ranks."""
+def start_groups(layout: ParallelLayout, timeout: timedelta = TIMEOUT) -> ParallelGroups:
+    """Create megatron-core's groups for `layout`. Collective over all ranks. `timeout`: how long
+    ranks wait for each other in them."""
     assert dist.get_world_size() == layout.world_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -123,6 +127,8 @@ def start_groups(layout: ParallelLayout) -> ParallelGroups:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
+        # Which may be a fraction; its own default is three times what all ranks together have.
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),  # pyright: ignore[reportArgumentType]
     )
     tensor = _started(parallel_state.get_tensor_model_parallel_group())
     data = _started(parallel_state.get_data_parallel_group())
@@ -142,7 +148,7 @@ def start_groups(layout: ParallelLayout) -> ParallelGroups:
 def start_aside_group() -> ProcessGroup:
     """All ranks once more, on the CPU: what two threads call on one group would meet in another
     order on each rank. Collective over all ranks."""
-    return _started(dist.new_group(backend="gloo"))
+    return _started(dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 
 def _started(group: object) -> ProcessGroup:

@@ -26,6 +26,7 @@ from uoe_parallel.analysis.observe import Call, Interception
 from uoe_parallel.errors import HANG_EXIT_CODE
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json
 from uoe_parallel.parallel.groups import ParallelGroups
+from uoe_parallel.parallel.purposes import is_aside
 
 _VERDICT = "verdict"
 _LOOKS = 3
@@ -45,10 +46,13 @@ class _Wait:
     """Seconds of `time.monotonic`."""
     passed: Any = None
     """A mark after it, where it is a stream that waits for it and not its caller."""
+    is_aside: bool = False
+    """Whether its caller is the thread that writes a checkpoint."""
 
     def __str__(self) -> str:
         call, ranks = self.call, ", ".join(map(str, self.call.ranks))
-        return f"{call.operation} for {call.purpose} ({call.phase}) over ranks {ranks}"
+        where = "beside training" if self.is_aside else call.phase
+        return f"{call.operation} for {call.purpose} ({where}) over ranks {ranks}"
 
 
 class Watch(Interception):
@@ -65,6 +69,8 @@ class Watch(Interception):
     for, and the others count as missing once they have been silent for as long again.
     """
 
+    sees_aside = True
+
     def __init__(self, groups: ParallelGroups, limit: float) -> None:
         super().__init__(groups)
         self._rank, self._world = groups.rank, groups.world
@@ -75,6 +81,8 @@ class Watch(Interception):
         self._reached: dict[tuple[int, ...] | str, int] = defaultdict(int)
         self._waiting: _Wait | None = None
         """What the caller stands still for."""
+        self._waiting_aside: _Wait | None = None
+        """The same of the thread that writes a checkpoint."""
         self._queued: deque[_Wait] = deque()
         """What the caller has gone on from, and its stream not yet, in the stream's order."""
         self._queue_lock = threading.Lock()
@@ -100,13 +108,19 @@ class Watch(Interception):
 
     def called(self, call: Call) -> _Wait:
         self._reached[call.way] += 1
-        return _Wait(call, self._reached[call.way])
+        return _Wait(call, self._reached[call.way], is_aside=is_aside())
 
     def waits(self, note: _Wait) -> None:
         note.since = time.monotonic()
-        self._waiting = note
+        if note.is_aside:
+            self._waiting_aside = note
+        else:
+            self._waiting = note
 
     def waited(self, note: _Wait) -> None:
+        if note.is_aside:
+            self._waiting_aside = None
+            return
         self._waiting = None
         if self._has_streams:
             # Not the work itself, which holds its tensors.
@@ -201,10 +215,9 @@ class Watch(Interception):
 
     def _late(self, grace: float = 0.0) -> _Wait | None:
         """What waits beyond the limit, and `grace` seconds more."""
-        wait = self._current()
-        if wait is None or time.monotonic() - wait.since < self._limit + grace:
-            return None
-        return wait
+        since = time.monotonic() - self._limit - grace
+        waits = (self._current(), self._waiting_aside)
+        return next((wait for wait in waits if wait is not None and wait.since <= since), None)
 
     def _state(self, beat: int) -> dict[str, Any]:
         """How far this rank has come, and what it does."""
@@ -234,12 +247,15 @@ class Watch(Interception):
             if rank in silent:
                 missing.append(f"rank {rank}, which does not answer: stopped or gone")
             elif now[rank]["reached"].get(way, 0) < late.number:
-                missing.append(f"rank {rank}, which {now[rank]['doing']}")
+                doing = "still writes" if late.is_aside else now[rank]["doing"]
+                missing.append(f"rank {rank}, which {doing}")
         who = "; ".join(missing) or "nobody: all ranks called it, and the transfer does not end"
         return f"rank {self._rank} {self._told(late)} Not there: {who}"
 
     def _told(self, late: _Wait) -> str:
-        axis = self.naming.axis(late.call.group, late.call.ranks)
+        # What goes on aside has a group of its own, of all ranks.
+        named = self.naming.axis(late.call.group, late.call.ranks)
+        axis = "world" if late.is_aside else named
         return (
             f"has waited longer than profile.wait_limit, {self._limit:g} s, in {late} of the "
             f"{axis} group, {self._place}."

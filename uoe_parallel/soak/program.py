@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.folder
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            _make_empty(folder)
             reports = soak(
                 folder.absolute(),
                 options.config,
@@ -89,6 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(reports, options.seed, seconds, options.json)
     was_hurt = any(report.outcomes for report in reports)
     return 0 if was_hurt and all(report.nothing_lost for report in reports) else 1
+
+
+def _make_empty(folder: Path) -> None:
+    """Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--folder {folder}: {error.strerror}; name one to write to") from error
+    if not is_empty:
+        raise UserError(f"--folder {folder} is not empty: name another one")
 
 
 def _faults(text: str) -> list[Fault]:

@@ -83,9 +83,6 @@ class Recovery:
             )
         self._restore(reader)
         trainer.folder.forget_after(trainer.step)
-        trainer.timer.take()
-        for block in trainer.model.routed_blocks().values():
-            block.statistics.reset()
         trainer.console.say(
             f"back at {reader.path}: {trainer.step} of {trainer.config.training.steps} steps are "
             "done"

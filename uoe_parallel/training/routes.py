@@ -122,8 +122,12 @@ class RunRoutes:
             over.append(self._groups.tensor)
         counts = torch.stack((self._flipped, torch.full_like(self._flipped, self._tokens)))
         flipped, tokens = comm.sum_over(counts, *over, purpose=Purpose.REPORT).tolist()
-        self._flipped, self._tokens = torch.zeros_like(self._flipped), 0
+        self.forget()
         return {"routes/flipped_tokens": float(flipped), "routes/tokens": float(tokens)}
+
+    def forget(self) -> None:
+        """The steps since the last report."""
+        self._flipped, self._tokens = torch.zeros_like(self._flipped), 0
 
     @contextmanager
     def _taped(self, tapes: Mapping[str, RouteTape]) -> Iterator[None]:

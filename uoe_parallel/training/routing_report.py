@@ -33,8 +33,8 @@ class RoutingReporter:
         groups: ParallelGroups,
         device: torch.device,
     ) -> None:
-        """Collective over all ranks. The running state of rules (`block.router.running`) is that
-        of a run that starts or goes on: its drift is counted from here."""
+        """Collective over all ranks. The drift of rules' running state (`block.router.running`) is
+        counted from here."""
         self._experts = config.routed_experts
         self._blocks = blocks
         self._device = device
@@ -96,6 +96,12 @@ class RoutingReporter:
             values |= _state_report(states, state_X)
             report |= {f"{value}/{name}": what for value, what in values.items()}
         return {**report, **_over_blocks(report, list(parts))}
+
+    def forget(self) -> None:
+        """The steps since the last report; drift is counted from the present state on."""
+        for name, block in self._blocks.items():
+            block.statistics.reset()
+            self._state[name] = _running_state(block)
 
     def _pack(self, name: str) -> Tensor:
         """Statistics, running states and their drifts; zeros for what other ranks have to say."""

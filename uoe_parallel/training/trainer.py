@@ -121,7 +121,9 @@ class Trainer:
         self.num_parameters = self._count_parameters()
         _, norm = choose_rms_norm(device.torch_device.type)
         self.picks = f"{norm}, {self.engine.optimizer_name}"
-        self.routes = RunRoutes(config, groups, self.model.routed_blocks(), device.torch_device)
+        blocks = self.model.routed_blocks()
+        self.routes = RunRoutes(config, groups, blocks, device.torch_device)
+        self.routing = RoutingReporter(blocks, config, groups, device.torch_device)
         self.timer = StepTimer(device.synchronize)
         self.recovery = Recovery(self, self._restore)
         self.observers: Sequence[StepObserver] = ()
@@ -142,9 +144,6 @@ class Trainer:
         has asked one of them to leave.
         """
         self._open_run()
-        routing = RoutingReporter(
-            self.model.routed_blocks(), self.config, self.groups, self.device.torch_device
-        )
         training, steps = self.config.training, self.config.training.steps
         with (
             self.saver,
@@ -162,7 +161,7 @@ class Trainer:
                 last = self.step == steps
                 reports = last or self.step % self.config.logging.every == 0
                 if reports and result.anomaly is None:
-                    self._report(result, routing)
+                    self._report(result)
                 if not last and _is_due(self.step, training.validate_every):
                     self.evaluate("validation")
                 if last or _is_due(self.step, self.config.checkpoint.every):
@@ -278,6 +277,10 @@ class Trainer:
         self._saved_step = self.step
         self.engine.guard.restore(reader.state["guard"])
         restore(self.engine.deepspeed, self.model, self.groups, reader, self.progress.updates)
+        # What is reported next is of steps from here on.
+        self.timer.take()
+        self.routes.forget()
+        self.routing.forget()
 
     def _agree_on_step(self, batches: list[MicroBatch]) -> None:
         """What has to hold on all ranks before one of them begins a step, in one message.
@@ -333,7 +336,7 @@ class Trainer:
                 "tokenizer or name the one it was made with"
             )
 
-    def _report(self, result: StepResult, routing: RoutingReporter) -> None:
+    def _report(self, result: StepResult) -> None:
         seconds = self.timer.take()
         memory = torch.tensor(float(self.device.peak_memory()), device=self.device.torch_device)
         memory = float(comm.max_over(memory, self.groups.world, purpose=Purpose.REPORT))
@@ -347,7 +350,7 @@ class Trainer:
             "eta_seconds": seconds["step"] * (self.config.training.steps - self.step),
             "peak_memory_bytes": memory,
             **{f"seconds/{part}": value for part, value in seconds.items()},
-            **routing.report(),
+            **self.routing.report(),
             **self.routes.report(),
         }
         if (stalled := self.saver.take_stall()) is not None:
