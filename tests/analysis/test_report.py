@@ -45,7 +45,7 @@ def test_tables_are_plain_text_in_a_file(simulation: Simulation) -> None:
     for expected in (
         ["tensor", "2", "1", "36,", "37"],
         ["layers.1.feed_forward.experts.fc2.weight", "32", "x", "16", "32", "x", "64"],
-        ["gradient", "norm", "step", "world", "all_reduce", "1", "8", "B"],
+        ["loss", "and", "gradient", "norm", "step", "world", "all_reduce", "1", "16", "B"],
     ):
         assert any(line.split()[: len(expected)] == expected for line in text.splitlines()), (
             expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def _exchange_meanwhile() -> list[Event]:
         assert work is not None
         work.get_future().add_done_callback(lambda _: is_over.set())
         is_over.wait()
+        while not work.is_completed():  # which it says a moment after its callbacks
+            time.sleep(0)
         work.wait()
     return recorder.events
 
