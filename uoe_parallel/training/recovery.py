@@ -30,6 +30,8 @@ class Recovery:
         trainer, training = self._trainer, self._trainer.config.training
         numbers: dict[str, Value] = {"loss": result.loss, "gradient_norm": result.gradient_norm}
         self._record(trainer.step + 1, anomaly.what, anomaly.action, numbers)
+        for block in trainer.model.routed_blocks().values():
+            block.statistics.reset()  # whose sums may not be numbers any more
         if anomaly.action == "stop":
             raise UserError(
                 f"{anomaly.what}, and training stopped before it reached the weights. Checkpoints "
