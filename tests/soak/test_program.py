@@ -56,3 +56,11 @@ def test_folder_with_something_in_it_is_left_alone(
         assert main(["--folder", str(folder)]) == 2
         assert word in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [own]
+
+
+def test_results_that_cannot_be_written_are_told_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "nowhere" / "results.json"
+    assert main(["--folder", str(tmp_path / "soak"), "--json", str(nowhere)]) == 2
+    assert f"--json {nowhere}: No such file" in capsys.readouterr().err

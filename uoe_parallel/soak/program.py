@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         try:
             _make_empty(folder)
+            _try_to_write(options.json)
             reports = soak(
                 folder.absolute(),
                 options.config,
@@ -112,3 +113,12 @@ def _faults(text: str) -> list[Fault]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _try_to_write(file: Path | None) -> None:
+    """Raises UserError: minutes before there is anything to write."""
+    try:
+        if file is not None:
+            file.touch()
+    except OSError as error:
+        raise UserError(f"--json {file}: {error.strerror}; name a file to write to") from error
