@@ -16,6 +16,7 @@
 # INTERFACE    the network interface between nodes, where the first one is wrong
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
+source launch/restart.sh
 
 options=(--master_port "${MASTER_PORT:-29500}") ask=(--ask-all USR1)
 if [[ -z ${HOSTFILE:-} ]]; then
@@ -31,6 +32,7 @@ else
         # The launcher hands on NCCL_* and PYTHON* alone, and what this file tells.
         DS_ENV_FILE=$(mktemp)
         export DS_ENV_FILE
+        trap 'rm -f "$DS_ENV_FILE"' EXIT
         env | grep -E '^(GLOO_SOCKET_IFNAME|OMP_NUM_THREADS)=' >"$DS_ENV_FILE"
         # It ends what runs on other nodes by pdsh again, if it is told by SIGTERM.
         ask=(--ask TERM)
@@ -40,5 +42,5 @@ fi
 [[ -z ${RANKS:-} ]] || options+=(--num_gpus "$RANKS")
 # At SIGTERM the launcher of a node kills after 30 seconds, and at SIGUSR1 it dies; ranks that get
 # SIGUSR1 themselves save for as long as they need.
-exec bash launch/restart.sh "${ask[@]}" "${RESTARTS:-3}" \
-    deepspeed "${options[@]}" --module uoe_parallel.pretrain "$@"
+keep_running "${ask[@]}" "${RESTARTS:-3}" \
+    deepspeed "${options[@]}" --module uoe_parallel.pretrain "$@" || exit
