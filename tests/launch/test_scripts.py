@@ -13,6 +13,7 @@ _PROGRAM = """#!/usr/bin/env bash
 # In the place of a launcher or of Python: notes what it is started with.
 echo "$(basename "$0") $*" >>"$FOLDER/started"
 env >"$0.environment"
+[[ -z ${DS_ENV_FILE:-} ]] || cp "$DS_ENV_FILE" "$FOLDER/handed"
 exit "${CODE:-0}"
 """
 RUN = ("--config", "a file", "a.b=1")
@@ -100,6 +101,6 @@ def test_deepspeed_hands_the_interface_to_other_nodes(tmp_path: Path) -> None:
     code, _, [line], told = _end("deepspeed.sh", tmp_path, "deepspeed", **given)
     assert code == 0
     assert "--hostfile hosts --module uoe_parallel.pretrain --config a file" in line
-    handed = Path(told["DS_ENV_FILE"])
-    assert sorted(handed.read_text().split()) == ["GLOO_SOCKET_IFNAME=eth7", "OMP_NUM_THREADS=4"]
-    handed.unlink()
+    handed = (tmp_path / "handed").read_text().split()
+    assert sorted(handed) == ["GLOO_SOCKET_IFNAME=eth7", "OMP_NUM_THREADS=4"]
+    assert not Path(told["DS_ENV_FILE"]).exists()
