@@ -21,13 +21,13 @@ from uoe_parallel.checkpoint import CheckpointReader, find_checkpoint
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import AnomaliesConfig, RunConfig
 from uoe_parallel.errors import UserError
+from uoe_parallel.model.running_rules import rule_states
 from uoe_parallel.parallel.groups import distributed, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.training.anomalies import Anomaly, Guard
 from uoe_parallel.training.console import TrainingConsole
 from uoe_parallel.training.engine import StepResult
 from uoe_parallel.training.progress import Progress
-from uoe_parallel.training.routing_state import rule_states
 from uoe_parallel.training.state import base_optimizer
 from uoe_parallel.training.trainer import Trainer
 

@@ -15,7 +15,21 @@ in use can carry code.
 
 from __future__ import annotations
 
-from uoe_parallel.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
+from uoe_parallel.checkpoint.reader import (
+    CheckpointReader,
+    find_checkpoint,
+    locate_checkpoint,
+    open_checkpoint,
+    read_manifest,
+)
 from uoe_parallel.checkpoint.store import Piece, save_checkpoint
 
-__all__ = ["CheckpointReader", "Piece", "find_checkpoint", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointReader",
+    "Piece",
+    "find_checkpoint",
+    "locate_checkpoint",
+    "open_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+]

@@ -23,6 +23,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder's name is that of a checkpoint."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
+
+
 def step_of(folder: Path) -> int:
     """The step that a checkpoint folder's name tells."""
     match = _CHECKPOINT.fullmatch(folder.name)

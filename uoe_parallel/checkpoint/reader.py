@@ -112,6 +112,47 @@ def open_checkpoint(root: Path, step: int, group: ProcessGroup | None) -> Checkp
     return reader
 
 
+def locate_checkpoint(path: Path, group: ProcessGroup | None) -> CheckpointReader:
+    """The checkpoint at `path`, or the newest whole one if that is a run folder or a folder of
+    checkpoints. Collective as `find_checkpoint`. Raises UserError on every rank."""
+    root, step = _place(path)
+    reader = find_checkpoint(root, group) if step is None else open_checkpoint(root, step, group)
+    if reader is None:
+        raise _absent(path)
+    return reader
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`, as `locate_checkpoint` takes it: of the newest one
+    whose manifest is whole, with its files not looked at. Not collective. Raises UserError."""
+    root, step = _place(path)
+    try:
+        found = folders.list_checkpoints(root)
+        for folder in found if step is None else [root / folders.folder_name(step)]:
+            try:
+                return unseal((folder / MANIFEST_NAME).read_bytes())
+            except ValueError:
+                continue
+    except OSError as error:
+        raise UserError(f"{path}: no checkpoint can be read there ({error.strerror})") from error
+    raise _absent(path)
+
+
+def _place(path: Path) -> tuple[Path, int | None]:
+    """The folder of checkpoints, and the step of one."""
+    if folders.is_checkpoint(path):
+        return path.parent, folders.step_of(path)
+    inside = path / "checkpoints"
+    return (inside if inside.is_dir() else path), None
+
+
+def _absent(path: Path) -> UserError:
+    return UserError(
+        f"{path}: holds no whole checkpoint; name a run folder with checkpoints/, or one of its "
+        "checkpoints/step-..."
+    )
+
+
 def _names(root: Path, group: ProcessGroup | None) -> list[str]:
     """The names of the checkpoint folders as rank 0 sees them, newest first, on every rank."""
     names: list[str] = []

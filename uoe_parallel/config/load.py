@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from uoe_parallel.config import yaml_text
 from uoe_parallel.config.checks import RULES
 from uoe_parallel.config.faults import ABSENT, Fault, report
-from uoe_parallel.config.schema import RunConfig, Section
+from uoe_parallel.config.schema import Corpora, RunConfig, Section
 from uoe_parallel.config.type_faults import FieldPath, section_type, type_faults
 from uoe_parallel.errors import UserError
 
-_STAND_INS: dict[Any, object] = {int: 1, float: 1.0, str: ""}
+_STAND_INS: dict[Any, object] = {int: 1, float: 1.0, str: "", Corpora: ""}
 """Valid values for required fields, by type."""
 
 
@@ -34,7 +34,17 @@ def load_config(
     values of the wrong type or range, and broken rules between fields that are valid by
     themselves. A file that cannot be read is reported alone.
     """
-    tree = _read(Path(path))
+    return resolve_config(_read(Path(path)), overrides, checks, source=f"the config {path}")
+
+
+def resolve_config(
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    checks: Sequence[Callable[[RunConfig], Iterable[Fault]]] = (),
+    *,
+    source: str,
+) -> RunConfig:
+    """As `load_config`, of what a file holds, which `source` names. Puts the overrides into it."""
     faults = list(_override(tree, overrides))
     config, wrong = _validate(tree)
     faults += wrong.values()
@@ -42,7 +52,6 @@ def load_config(
     for rule in (*RULES, *checks):
         faults += [fault for fault in rule(config) if not _rests_on(fault, faulty)]
     if faults:
-        source = f"the config {path}"
         raise UserError(report(f"{source} with its overrides" if overrides else source, faults))
     return config
 

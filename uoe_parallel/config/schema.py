@@ -124,7 +124,11 @@ class ModelConfig(Section):
     predict masked tokens or the class of a document."""
     num_classes: PositiveInt | None = None
     """Classes of the classification task, and only there."""
-    activation: Literal["gelu", "swiglu"] = "swiglu"
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "swiglu"
+    """gelu_tanh is GPT-2's approximation of gelu."""
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Turning queries and keys, or adding one of sequence_length learned vectors to a token's."""
     bias: bool = False
     """Biases in the linear layers of both blocks."""
     tie_embeddings: bool = True
@@ -169,14 +173,29 @@ class ParallelConfig(Section):
         return self.expert or self.tensor
 
 
+class BlendPart(Section):
+    """One corpus of a blend."""
+
+    prefix: str
+    weight: float = Field(gt=0)
+    """Its share of the sequences drawn, relative to the other weights."""
+
+
+Corpora = str | list[BlendPart]
+
+
 class DataConfig(Section):
     """Where tokens come from: prefixes of megatron .bin/.idx files, for classification with a file
-    <prefix>.labels.npy that has the class of each document."""
+    <prefix>.labels.npy that has the class of each document; or blends of several, by weight."""
 
-    train: str
-    validation: str | None = None
-    test: str | None = None
-    tokenizer: Literal["bytes"] = "bytes"
+    train: Corpora
+    validation: Corpora | None = None
+    test: Corpora | None = None
+    split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
+    """Cut every corpus of `train` at documents into parts of these relative sizes, in their order:
+    for training, validation and test, which then have no corpora of their own."""
+    tokenizer: str = "bytes"
+    """bytes, a Hugging Face tokenizers file (.json) or a SentencePiece model (.model)."""
     reset_at_documents: bool = False
     """Keep the documents of a sequence apart: attention, positions and routing restart after each
     end-of-document token. Without it a sequence is read as one document."""
@@ -190,6 +209,8 @@ class TrainingConfig(Section):
     steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt
+    trains: Literal["all", "routers"] = "all"
+    """Which parameters move: all, or those of routers alone."""
     precision: Precision = "fp32"
     """Of weights and activations. fp64 is for proofs, such as those of layouts, without ZeRO."""
     learning_rate: float = Field(gt=0)
@@ -222,6 +243,10 @@ class CheckpointConfig(Section):
     """Checkpoints are written to <run_dir>/checkpoints; a run continues from the newest whole one
     that it finds there."""
 
+    start_from: str | None = None
+    """A checkpoint, or a run folder for its newest, whose weights and routing rules a run that has
+    no checkpoint of its own yet begins with. It is of a model of the same sizes; routers that it
+    does not have begin as in a new model."""
     every: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep: PositiveInt = 2
@@ -229,6 +254,19 @@ class CheckpointConfig(Section):
     asynchronous: bool = False
     """Train on while a checkpoint is written: training stands still only until its state has been
     copied to the host's memory, which holds that copy until it is on disk."""
+
+
+class DistillationConfig(Section):
+    """Learning from a dense teacher: the model's own weights with all experts on and gates of one,
+    which is the dense model that a converted checkpoint was made of. Only where training.trains is
+    routers, so that the teacher stands still."""
+
+    weight: float = Field(default=0.0, ge=0, le=1)
+    """Of the teacher's part in the loss, KL(teacher || student) of each label that counts; the rest
+    is cross entropy. 0 has no teacher."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both models' logits in the KL, which is multiplied by its square (Hinton et al.,
+    arXiv 1503.02531)."""
 
 
 class AnomaliesConfig(Section):
@@ -308,6 +346,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     training: TrainingConfig
+    distillation: DistillationConfig = DistillationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     anomalies: AnomaliesConfig = AnomaliesConfig()
     replicas: ReplicasConfig = ReplicasConfig()

@@ -140,6 +140,8 @@ class RoutedBlock(DenseBlock):
         self.loss_weight = loss_weight_per_sequence
         self.statistics = RoutingStatistics(router.num_routed)
         self.tape: RouteTape | None = None
+        self.takes_all = False
+        """Whether every token visits every expert with a gate of one, as in the dense block."""
         self.recompute = recompute
 
     @property
@@ -149,6 +151,8 @@ class RoutedBlock(DenseBlock):
 
     def forward(self, x_SBD: Tensor, context: Context) -> Tensor:
         """[S or S/P, B, D] to the same shape. Collective over the tensor and expert groups."""
+        if self.takes_all:
+            return self.add_bias(self._run(x_SBD, self._everything(x_SBD, context), context))
         decisions = self._decide(x_SBD, context)
         routing = self._routing(decisions, context.documents)
         y_SBD = self.add_bias(self._run(x_SBD, routing, context))
@@ -171,6 +175,18 @@ class RoutedBlock(DenseBlock):
         run = run_gathered if experts.needs_all_rows else run_sharded
         spread = self._arithmetic(documents)
         return run(x_SBD, routing, spread, group, self.group.size(), documents)
+
+    def _everything(self, x_SBD: Tensor, context: Context) -> Routing:
+        shape_SBE = (*x_SBD.shape[:2], self.router.num_experts)
+        precise = torch.promote_types(x_SBD.dtype, torch.float32)
+        mask_SBE = self._of_text(x_SBD.new_ones(shape_SBE, dtype=torch.bool), context.documents)
+        return Routing(mask_SBE, x_SBD.new_ones(shape_SBE, dtype=precise))
+
+    def _of_text(self, mask_SBE: Tensor, documents: Documents) -> Tensor:
+        """The mask of this rank's tokens without that of padding."""
+        if documents.real_SB is None:
+            return mask_SBE
+        return mask_SBE & documents.real_SB[self._positions(documents)].unsqueeze(-1)
 
     def _arithmetic(self, documents: Documents, cache: KeyValueCache | None = None) -> Experts:
         """What the experts make of dispatched rows."""
@@ -269,9 +285,7 @@ class RoutedBlock(DenseBlock):
 
     def _routing(self, decisions: list[Decision], documents: Documents) -> Routing:
         """Mask and gates of this rank's tokens over all experts. A tape may replace decisions."""
-        mask_SBE = self.router.with_shared(decisions[-1].mask_SBE)
-        if documents.real_SB is not None:
-            mask_SBE = mask_SBE & documents.real_SB[self._positions(documents)].unsqueeze(-1)
+        mask_SBE = self._of_text(self.router.with_shared(decisions[-1].mask_SBE), documents)
         masks = [decision.mask_SBE for decision in decisions[:-1]]
         if self.training and self.tape is not None:
             widths = [mask.shape[-1] for mask in (*masks, mask_SBE)]

@@ -244,6 +244,7 @@ class LanguageModel(nn.Module):
         self.groups = groups
         self.sequence_parallel = groups.layout.sequence_parallel
         self.num_layers = config.model.num_layers
+        self.hidden_size = config.model.hidden_size
         self.used_vocab_size = used_vocab_size
         self.decodes_by_token = all(
             routing.selection is None or load_rule(SELECTIONS, routing.selection).per_unit
@@ -375,6 +376,18 @@ class LanguageModel(nn.Module):
             for kind in ("attention", "feed_forward")
         }
         return {name: block for name, block in blocks.items() if isinstance(block, RoutedBlock)}
+
+    @contextmanager
+    def all_experts(self) -> Iterator[None]:
+        """With every expert on and gates of one: the dense model that this one was cut out of."""
+        blocks = self.routed_blocks().values()
+        for block in blocks:
+            block.takes_all = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.takes_all = False
 
     @contextmanager
     def replicated_tokens(self) -> Iterator[None]:

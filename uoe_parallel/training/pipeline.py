@@ -15,10 +15,10 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import Embedding, LanguageModel
-from uoe_parallel.parallel import comm
+from uoe_parallel.model.relay import relay, relay_to_all
 from uoe_parallel.parallel.deepspeed_groups import topology
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.purposes import Purpose, during
+from uoe_parallel.parallel.purposes import during
 from uoe_parallel.training.engine import TrainingEngine
 from uoe_parallel.training.timers import StepTimer
 
@@ -54,44 +54,11 @@ class PipelineTrainingEngine(TrainingEngine):
             )
 
     def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
-        logits = self._relay(batch.tokens, batch.documents)
+        logits = relay(self.model, batch.tokens, batch.documents)
         return None if logits is None else self.model.judge(logits, batch.labels)
 
     def logits(self, tokens_BS: Tensor, memory: DecodingMemory | None = None) -> Tensor:
-        logits_SBV = self._relay(tokens_BS, memory=memory)
-        if logits_SBV is not None:
-            whole_BSV = self.model.whole(logits_SBV).contiguous()
-        else:
-            shape = (*tokens_BS.shape, self.model.used_vocab_size)
-            whole_BSV = torch.empty(shape, dtype=self._dtype, device=self.device)
-        pipe = self.groups.pipe
-        return comm.broadcast(whole_BSV, pipe.size() - 1, pipe, Purpose.EVALUATION)
-
-    def _relay(
-        self,
-        tokens_BS: Tensor,
-        documents_BS: Tensor | None = None,
-        memory: DecodingMemory | None = None,
-    ) -> Tensor | None:
-        """One forward pass over the stages, without gradients: the last one's logits, None
-        elsewhere. Passes that follow each other overlap."""
-        groups, stage = self.groups, self.groups.stage
-        x = tokens_BS
-        if not groups.is_first_stage:
-            batch, length = tokens_BS.shape
-            shape = (length // self.model.num_shards, batch, self.config.model.hidden_size)
-            x = torch.empty(shape, dtype=self._dtype, device=self.device)
-            comm.receive(x, stage - 1, groups.pipe, Purpose.STAGE_OUTPUTS)
-        y = self.model.stage(x, documents_BS, memory)
-        if groups.is_last_stage:
-            return y
-        comm.send(y, stage + 1, groups.pipe, Purpose.STAGE_OUTPUTS)
-        return None
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of activations."""
-        return next(self.model.parameters()).dtype
+        return relay_to_all(self.model, tokens_BS, memory)
 
 
 def build_engine(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from uoe_parallel.model.running_rules import rule_states
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json
 from uoe_parallel.parallel.groups import ParallelGroups
@@ -25,7 +26,6 @@ from uoe_parallel.parallel.random import shared_stream
 from uoe_parallel.parallel.sharding import is_wide, partition_dim
 from uoe_parallel.training.engine import TrainingEngine
 from uoe_parallel.training.progress import Progress
-from uoe_parallel.training.routing_state import rule_states
 from uoe_parallel.training.state import replicated_states
 
 Axis = Literal["world", "data", "expert_data", "tensor", "pipe"]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
+from uoe_parallel.inference.weights import restore_rules
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
@@ -40,7 +41,7 @@ from uoe_parallel.parallel.sharding import (
     named_shards,
     parameter_shape,
 )
-from uoe_parallel.training.routing_state import capture_rules, restore_rules
+from uoe_parallel.training.routing_state import capture_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

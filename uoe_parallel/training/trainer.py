@@ -251,6 +251,7 @@ class Trainer:
             masters=self.config.training.precision == "bf16",
         )
         state = {
+            "config": self.config.model_dump(mode="json"),
             "progress": self.progress.as_state(),
             "guard": self.engine.guard.as_state(),
             "identity": run_identity(self.config, self.train_data.fingerprint),
