@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import add
 from typing import Any
 
@@ -34,7 +34,6 @@ from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.random import random_setters, random_states
 from uoe_parallel.parallel.sharding import (
-    Shard,
     boxes,
     counts_once,
     is_wide,
@@ -44,6 +43,8 @@ from uoe_parallel.parallel.sharding import (
 from uoe_parallel.training.routing_state import capture_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", "master", *MOMENTS)
+"""Of a parameter's entries."""
 
 
 def base_optimizer(engine: Any) -> Optimizer:
@@ -206,38 +207,51 @@ def restore(
     for group in base_optimizer(engine).param_groups:
         if "step" in group:  # apex counts per group
             group["step"] = updates
-    saved, masters = reader.keys(), _plain_masters(engine)
-    failure: Exception | None = None
-    for name, param, shard in named_shards(model, groups):
-        try:
-            values = _read_values(reader, name, shard)
-        except (OSError, SafetensorError) as error:
-            # What follows is collective: a rank that cannot read must not leave the others in it.
-            failure = failure or error
-            values = dict.fromkeys(("weight", *MOMENTS), torch.zeros(shard.shape))
-        values = {kind: value.to(engine.device) for kind, value in values.items()}
-        _set_weight(param, values["weight"])
-        _set_full(engine, masters, param, values.get("master", values["weight"]), None)
-        for moment in MOMENTS:
-            _set_full(engine, masters, param, values[moment], moment)
-    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
-        if failure is not None:
-            raise failure
-        restore_rules(model.routed_blocks(), reader)
+    _load(engine, model, groups, reader, KINDS)
+    saved = reader.keys()
     for key, setter in random_setters(groups).items():
         # A layout with more ranks than the saved one keeps the state its seed gave it.
         if key in saved:
             setter(reader.read(key))
 
 
-def _read_values(reader: CheckpointReader, name: str, shard: Shard) -> dict[str, Tensor]:
-    """A parameter's entries by kind."""
-    saved = reader.keys()
-    return {
-        kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape)
-        for kind in ("weight", "master", *MOMENTS)
-        if f"{name}/{kind}" in saved
-    }
+def adopt(
+    engine: Any, model: LanguageModel, groups: ParallelGroups, reader: CheckpointReader
+) -> None:
+    """Load weights and routing rules of another run's checkpoint; what it lacks stays as it is.
+    Collective over all ranks."""
+    _load(engine, model, groups, reader, ("weight",))
+
+
+def _load(
+    engine: Any,
+    model: LanguageModel,
+    groups: ParallelGroups,
+    reader: CheckpointReader,
+    kinds: Sequence[str],
+) -> None:
+    """These kinds of every parameter's entries, and routing rules, as far as they were saved."""
+    saved, masters = reader.keys(), _plain_masters(engine)
+    failure: Exception | None = None
+    for name, param, shard in named_shards(model, groups):
+        found = [kind for kind in kinds if f"{name}/{kind}" in saved]
+        if not found:
+            continue
+        try:
+            values = {k: reader.read(f"{name}/{k}", shard.offsets, shard.shape) for k in found}
+        except (OSError, SafetensorError) as error:
+            # What follows is collective: a rank that cannot read must not leave the others in it.
+            failure = failure or error
+            values = dict.fromkeys(found, torch.zeros(shard.shape))
+        values = {kind: value.to(engine.device) for kind, value in values.items()}
+        _set_weight(param, values["weight"])
+        _set_full(engine, masters, param, values.get("master", values["weight"]), None)
+        for moment in filter(values.__contains__, MOMENTS):
+            _set_full(engine, masters, param, values[moment], moment)
+    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
+        if failure is not None:
+            raise failure
+        restore_rules(model.routed_blocks(), reader)
 
 
 def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Any:
