@@ -33,7 +33,7 @@ def test_a_damaged_manifest_is_passed_over(run: Path) -> None:
 
     assert locate_checkpoint(run, None).step == read_manifest(run).step == 1
     for look in (read_manifest, lambda path: locate_checkpoint(path, None)):
-        with pytest.raises(UserError, match="step-00000002.* whole"):
+        with pytest.raises(UserError, match=r"step-00000002.* whole"):
             look(damaged)
 
 
