@@ -12,8 +12,8 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json, shared_fate
 from uoe_parallel.parallel.sharding import named_shards
+from uoe_parallel.routing.router import ROUTER_SUFFIX
 from uoe_parallel.training.engine import TrainingEngine
-from uoe_parallel.training.optimizer import ROUTER_SUFFIX
 from uoe_parallel.training.state import adopt
 
 _NOT_OF_WEIGHTS = {

@@ -1,9 +1,9 @@
 """Between the engine's state and checkpoint entries: the one place that reaches into DeepSpeed.
 
-Every parameter has the entries "<name>/weight" (in the model's dtype), "<name>/exp_avg" and
-"<name>/exp_avg_sq", and in bf16 runs "<name>/master", the fp32 weight: full tensors, described by
-global shape and offset, whatever ZeRO stage and layout held them. Routing rules that move between
-steps have entries of their own (`routing_state`).
+Every parameter has the entry "<name>/weight" (in the model's dtype), and one that is trained has
+"<name>/exp_avg", "<name>/exp_avg_sq" and in bf16 runs "<name>/master", the fp32 weight: full
+tensors, described by global shape and offset, whatever ZeRO stage and layout held them. Routing
+rules that move between steps have entries of their own (`routing_state`).
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def _stepped_tensors(engine: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
 
 
 def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Without ZeRO: each parameter's fp32 weight, which in fp32 runs is the parameter itself."""
+    """Without ZeRO: each trained parameter's fp32 weight, in fp32 runs the parameter itself."""
     wrapper = engine.optimizer
     if engine.zero_optimization() or isinstance(wrapper, BF16_Optimizer):
         return {}
     if hasattr(wrapper, "fp16_groups"):  # DeepSpeed's name also for bf16
         params = itertools.chain.from_iterable(wrapper.fp16_groups)
         return dict(zip(params, itertools.chain.from_iterable(wrapper.fp32_groups), strict=True))
-    return {param: param for param in engine.module.parameters()}
+    return {param: param for param in engine.module.parameters() if param.requires_grad}
 
 
 def replicated_states(engine: Any) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -165,6 +165,8 @@ def _kept(
     """The first element of the flattened parameter that this rank writes, and from there on its
     weight, master and moments, flat. `share`: what it writes of a parameter that ranks keep
     alike."""
+    if not param.requires_grad and not hasattr(param, "ds_id"):
+        return share.start, {"weight": param.flatten()[share]}
     if plain:
         master = plain[param]
         state = base_optimizer(engine).state[master]
@@ -174,11 +176,10 @@ def _kept(
     if hasattr(param, "ds_id"):
         size = held.ds_tensor.ds_numel
         start = size * held.ds_process_group.rank()
-        parts = {
-            "weight": held.ds_tensor,
-            "master": safe_get_local_fp32_param(param),
-            **{name: safe_get_local_optimizer_state(param, name) for name in MOMENTS},
-        }
+        parts = {"weight": held.ds_tensor}
+        if param.requires_grad:
+            parts["master"] = safe_get_local_fp32_param(param)
+            parts |= {name: safe_get_local_optimizer_state(param, name) for name in MOMENTS}
         # The last partition ends in padding.
         size = max(min(size, held.ds_numel - start), 0)
         return start, {kind: values.flatten()[:size] for kind, values in parts.items()}
@@ -245,6 +246,8 @@ def _load(
             values = dict.fromkeys(found, torch.zeros(shard.shape))
         values = {kind: value.to(engine.device) for kind, value in values.items()}
         _set_weight(param, values["weight"])
+        if not param.requires_grad:
+            continue
         _set_full(engine, masters, param, values.get("master", values["weight"]), None)
         for moment in filter(values.__contains__, MOMENTS):
             _set_full(engine, masters, param, values[moment], moment)
