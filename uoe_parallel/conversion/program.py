@@ -19,13 +19,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from uoe_parallel.conversion import export_program
+from uoe_parallel.conversion import export_program, import_program
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 
 Commands = Any
 """argparse's subparsers, whose type is private to it."""
 
-SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (export_program.add_arguments,)
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (
+    import_program.add_arguments,
+    export_program.add_arguments,
+)
 
 INTERRUPTED = 130
 """Exit code, beside 0 and that of a mistake."""
