@@ -1,8 +1,8 @@
 """Which neurons of a feed-forward block make an expert: those that are active together.
 
-Neurons are parted into clusters of one size by what they do on sample text, as in MoEfication (Zhang
-et al., arXiv 2110.01786). A token then needs few clusters for most of what the block adds to it. The
-block's neurons change their places and nothing else, so the union computes what it did.
+Neurons are parted into clusters of one size by what they do on sample text, as in MoEfication
+(Zhang et al., arXiv 2110.01786). A token then needs few clusters for most of what the block adds to
+it. The block's neurons change their places and nothing else, so the union computes what it did.
 
 Shape suffixes: T tokens, F neurons, C clusters.
 """

@@ -212,6 +212,7 @@ class Llama:
             "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
             "rope_base": _rope_base(fields),
         }
+        fields.must_be("partial_rotary_factor", 1, "turns a part of each head, and ours turns all")
         fields.must_be("head_dim", self._head_width, "is not hidden_size / num_attention_heads")
         fields.finish()
         source.check(
@@ -300,10 +301,10 @@ ARCHITECTURES: Mapping[str, Callable[[DenseSource], Architecture]] = {
 
 def architecture_of(source: DenseSource) -> Architecture:
     """Raises UserError for one that is not known, or that our model cannot compute."""
-    name = source.config.get("model_type")
+    name = str(source.config.get("model_type"))
     if name not in ARCHITECTURES:
         raise UserError(
-            f"{source.folder / CONFIG_NAME}: model_type {name!r} cannot be imported; it has to be "
+            f"{source.folder / CONFIG_NAME}: model_type {name} cannot be imported; it has to be "
             f"one of {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name](source)
@@ -360,5 +361,5 @@ def _rope_base(fields: _Fields) -> float:
         if given.get("rope_type", given.get("type", "default")) != "default":
             fields.fault(name, "scales rotary positions, which our model does not")
         elif given.get("partial_rotary_factor", 1) != 1:
-            fields.fault(name, "turns a part of each head, and our model turns all of it")
+            fields.fault(name, "turns a part of each head, and ours turns all")
     return float(base)

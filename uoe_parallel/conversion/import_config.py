@@ -47,11 +47,15 @@ def imported_config(
         tree["data"]["tokenizer"] = str(run_dir / tokenizer)
     elif not any(override.partition("=")[0].strip() == "data.tokenizer" for override in overrides):
         raise UserError(
-            f"{source.folder} has neither of {', '.join(_TOKENIZERS)}: save it there (transformers: "
+            f"{source.folder} has no {' or '.join(_TOKENIZERS)}: save it there (transformers: "
             "tokenizer.save_pretrained(folder)), or give data.tokenizer=... among the overrides"
         )
     made = f"the config made of {source.folder / CONFIG_NAME}"
     config = resolve_config(tree, overrides, source=made)
+    if config.run_dir != str(run_dir):
+        raise UserError(
+            f"run_dir={config.run_dir}: the run folder is {run_dir}; leave the override out"
+        )
     _check_sizes(config, architecture, source)
     return config
 
@@ -70,9 +74,9 @@ def _check_sizes(config: RunConfig, architecture: Architecture, source: DenseSou
             )
     if architecture.window is not None and architecture.window < length:
         raise UserError(
-            f"{source.folder / CONFIG_NAME}: sliding_window = {architecture.window} is shorter than "
-            f"the context of {length}, and our attention has no window; within the window both are "
-            f"the same: give model.sequence_length={architecture.window}"
+            f"{source.folder / CONFIG_NAME}: sliding_window = {architecture.window} is shorter "
+            f"than the context of {length}, and our attention has no window; up to its length both "
+            f"are the same: give model.sequence_length={architecture.window}"
         )
 
 

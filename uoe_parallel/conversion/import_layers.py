@@ -120,6 +120,7 @@ class LayerImport:
         weights = self._architecture.end()
         load_norm(norm, weights.norm)
         if weights.head_VD is not None:
+            assert head.logits.weight is not None
             head.logits.weight.copy_(self._rows(weights.head_VD))
 
     def _rows(self, source_VD: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def add_arguments(commands: Any) -> None:
         help="plain UTF-8 text like that the model was trained on; several times for several files",
     )
     parser.add_argument(
-        "--tokens", type=int, default=32768, help="of the text (default: %(default)s)"
+        "--tokens", type=_count, default=32768, help="of the text (default: %(default)s)"
     )
     parser.set_defaults(run=run_import)
 
@@ -66,6 +66,12 @@ def run_import(options: argparse.Namespace) -> None:
     names = ("source", "run_dir", "overrides", "slices", "routers", "text", "tokens")
     request = ImportRequest(**{name: getattr(options, name) for name in names})
     _tell(import_model(request, _bar))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Routers that begin by choosing the experts that a token needs most.
 
-An expert matters to a token by the norm of what it adds to the token's hidden state. That is computed
-for sample text, and a ridge regression from the router's input predicts how far above or below the
-token's mean each expert is: leaving out the experts with the lowest scores then changes least.
+An expert matters to a token by the norm of what it adds to the token's hidden state. That is
+computed for sample text, and a ridge regression from the router's input predicts how far above or
+below the token's mean each expert is: leaving out those with the lowest scores then changes least.
 
 Shape suffixes: S positions, B sequences, T = S x B tokens, E experts, D model width, F inner width.
 """
