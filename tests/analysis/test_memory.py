@@ -22,6 +22,11 @@ MODEL: dict[str, Any] = {
 }
 WIDE: dict[str, Any] = {"hidden_size": 256, "ffn_size": 1024, "sequence_length": 32}
 """Of which the states are the most."""
+GPT_2: dict[str, Any] = {
+    "norm": "layer_norm",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+}
 BF16: dict[str, Any] = {"hidden_size": 64, "ffn_size": 256, "sequence_length": 64}
 ONCE: dict[str, Any] = {"global_batch_size": 2}
 ONE_SEQUENCE: dict[str, Any] = {"micro_batch_size": 1}
@@ -43,6 +48,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "model": {"activation": "gelu"},
         },
     ),
+    "dense, GPT-2's parts": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "attention": DENSE,
+            "model": GPT_2,
+        },
+    ),
+    "GPT-2's parts": (1, {"parallel": {"zero_stage": 1}, "model": GPT_2}),
+    "tp2-sp, GPT-2's parts": (2, {"parallel": {"tensor": 2}, "model": GPT_2}),
     "dense selective": (
         1,
         {
@@ -167,7 +183,9 @@ def test_peak_is_that_of_a_real_step(ranks: Ranks, tmp_path: Path, name: str) ->
         assert 0.9 < max(ratios) < 1.1
 
 
-@pytest.mark.parametrize("name", ["dense", "dense gelu", "one", "queries", "bidirectional"])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense gelu", "one", "queries", "bidirectional", "GPT-2's parts"]
+)
 def test_kept_is_what_autograd_keeps(ranks: Ranks, tmp_path: Path, name: str) -> None:
     _, sections = CASES[name]
     ((saved, computed),) = ranks(1).run(kept_bytes, _config(tmp_path, sections))

@@ -100,6 +100,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {"bias": False, "tie_embeddings": False, "activation": "gelu", "num_kv_heads": 2},
         "attention": ALL_KEYS | {"routed_layers": [1], "top_k": 1},
     },
+    "GPT-2's parts": {
+        "model": {"norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh"}
+    },
     "shared": {
         "feed_forward": {"shared_experts": 1, "segment_length": 4, "segment_experts": 5},
         "attention": {"selection": None, "segment_length": 4, "segment_experts": 3},

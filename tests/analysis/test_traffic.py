@@ -22,6 +22,11 @@ RECOMPUTE: dict[str, Any] = {"recompute": "full"}
 SELECTIVE: dict[str, Any] = {"recompute": "selective"}
 DENSE: dict[str, Any] = {"routed_layers": "none"}
 FIRST: dict[str, Any] = {"routed_layers": [0]}
+GPT_2: dict[str, Any] = {
+    "norm": "layer_norm",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+}
 NARROW: dict[str, Any] = {"hidden_size": 10, "num_heads": 5, "num_kv_heads": 5}
 """Of sizes that have to be padded before they are cut."""
 RELEASED = {
@@ -51,6 +56,32 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "parallel": {"tensor": 2, "zero_stage": 0, "sequence_parallel": False},
             "feed_forward": FIRST,
+        },
+    ),
+    "tp2-sp, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "model": GPT_2,
+            "training": ONE_SEQUENCE | RECOMPUTE,
+        },
+    ),
+    "dp2-zero3, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"zero_stage": 3},
+            "model": GPT_2,
+            "feed_forward": FIRST,
+            "attention": DENSE,
+            "deepspeed": {"zero_optimization": NEVER_KEPT},
+        },
+    ),
+    "pp2-zero1, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"pipeline": 2, "zero_stage": 1},
+            "model": GPT_2,
+            "data": {"reset_at_documents": True},
         },
     ),
     "tp2-sp dense": (

@@ -31,6 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "feed_forward": {"routed_layers": [1]},
         "attention": {"routed_layers": [0]},
     },
+    "GPT-2's parts": {
+        "model": {"norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh"},
+    },
     "one expert a token": {"feed_forward": {"top_k": 1}, "attention": {"top_k": 1}},
     "all experts": {"feed_forward": {"top_k": 8}, "attention": {"top_k": 4}},
     "dense": {"feed_forward": {"routed_layers": "none"}, "attention": {"routed_layers": "none"}},

@@ -25,7 +25,7 @@ from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_v
 from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.norm import choose_rms_norm
+from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
@@ -119,7 +119,7 @@ class Trainer:
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        _, norm = choose_rms_norm(device.torch_device.type)
+        _, norm = choose_norm(config.model.norm, device.torch_device.type)
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         blocks = self.model.routed_blocks()
         self.routes = RunRoutes(config, groups, blocks, device.torch_device)
