@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from signal import Signals
 
 import torch
@@ -40,6 +41,7 @@ from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
+from uoe_parallel.training.origin import start_from
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
 from uoe_parallel.training.recovery import Recovery
@@ -256,6 +258,8 @@ class Trainer:
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
                 "are done"
             )
+        elif self.config.checkpoint.start_from is not None:
+            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
