@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.model.cases import build_model, start
-from tests.programs import call_program, write_run
+from tests.programs import Outcome, call_program, write_run
 from tests.tiny import USED_VOCAB_SIZE, tiny_config
 from uoe_parallel.data.tokenizer import ByteTokenizer
 from uoe_parallel.inference.opening import OpenedModel
@@ -31,3 +34,11 @@ def train(folder: Path, **sections: Any) -> str:
     outcome = call_program("--config", write_run(folder, **sections))
     assert outcome.code == 0, outcome
     return str(folder / "run")
+
+
+def call(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> Outcome:
+    """A program on a rank."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return Outcome(code, out.getvalue(), err.getvalue())

@@ -1,31 +1,19 @@
 from __future__ import annotations
 
-import io
 import json
 import math
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Ranks
-from tests.inference.cases import TEXT, train
+from tests.inference.cases import TEXT, call
 from tests.programs import Outcome
 from uoe_parallel.inference.evaluate_program import main
 
 
 def evaluate(*arguments: str) -> Outcome:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main(arguments)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="module")
-def run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Trained on two ranks."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    return ranks(2).run(train, folder, parallel={"tensor": 2})[0]
+    return call(main, arguments)
 
 
 def test_any_layout_reports_the_same_of_a_run(ranks: Ranks, run: str, tmp_path: Path) -> None:
