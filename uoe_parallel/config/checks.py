@@ -11,7 +11,13 @@ from pathlib import Path
 
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
-from uoe_parallel.config.routing_checks import is_routed, kv_fields, routing_fits
+from uoe_parallel.config.routing_checks import (
+    is_routed,
+    kv_fields,
+    routers_are_there,
+    routing_fits,
+    teacher_stands_still,
+)
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 
 Rule = Callable[[RunConfig], Iterable[Fault]]
@@ -362,6 +368,8 @@ RULES: tuple[Rule, ...] = (
     routes_beside_checkpoints,
     there_is_a_checkpoint_to_go_back_to,
     replicas_are_compared,
+    routers_are_there,
+    teacher_stands_still,
     passthrough_faults,
 )
 """Every rule that needs nothing but the config."""
