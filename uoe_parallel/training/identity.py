@@ -22,6 +22,7 @@ _FIXED = (
     "data.mask_probability",
     "training.global_batch_size",
     "training.precision",
+    "training.trains",
 )
 """Fields of the config, next to those of the model."""
 _NOT_OF_WEIGHTS = {"model": {"dropout", "attention_dropout"}}

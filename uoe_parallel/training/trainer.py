@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from signal import Signals
 
 import torch
@@ -25,7 +26,7 @@ from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.inference.same_tokenizer import STATE_KEY, check_tokenizer
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.norm import choose_rms_norm
+from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
@@ -41,6 +42,7 @@ from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
+from uoe_parallel.training.origin import start_from
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
 from uoe_parallel.training.recovery import Recovery
@@ -105,7 +107,7 @@ class Trainer:
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        _, norm = choose_rms_norm(device.torch_device.type)
+        _, norm = choose_norm(config.model.norm, device.torch_device.type)
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         blocks = self.model.routed_blocks()
         self.routes = RunRoutes(config, groups, blocks, device.torch_device)
@@ -259,6 +261,8 @@ class Trainer:
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
                 "are done"
             )
+        elif self.config.checkpoint.start_from is not None:
+            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
