@@ -22,6 +22,7 @@ from uoe_parallel.data.tokenizer import (
     padded_vocab_size,
 )
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import check_tokenizer
 from uoe_parallel.inference.weights import load_weights
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
@@ -97,6 +98,7 @@ def open_model(
     reader = locate_checkpoint(path, groups.world)
     with shared_fate(f"{reader.path} cannot be opened", "See to the named file", groups.world):
         tokenizer = build_tokenizer(config.data.tokenizer)
+        check_tokenizer(reader, config.data.tokenizer, tokenizer)
         precision = DTYPES[config.training.precision]
         backend, _ = pick_backend(device, precision, config.training.expert_products, groups.world)
         num_ids = num_model_ids(tokenizer, config.model.task)

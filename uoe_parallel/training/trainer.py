@@ -24,6 +24,7 @@ from uoe_parallel.data.corpora import EvaluationSplit, open_run_data
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import STATE_KEY, check_tokenizer
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
@@ -241,6 +242,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "progress": self.progress.as_state(),
             "guard": self.engine.guard.as_state(),
+            STATE_KEY: self.tokenizer.fingerprint,
             "identity": run_identity(self.config, self.data.train.fingerprint),
         }
         self.saver.save(self.step, captured, state)
@@ -252,6 +254,7 @@ class Trainer:
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
+                check_tokenizer(reader, self.config.data.tokenizer, self.tokenizer)
                 check_resumable(reader, run_identity(self.config, self.data.train.fingerprint))
             self._restore(reader)
             self.console.say(
