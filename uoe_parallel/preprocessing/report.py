@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from uoe_parallel.preprocessing.session import BAD_LINES, Corpus
 
 _LOG_FILE_WIDTH = 160
 """Columns a table may use where there is no terminal to fit."""
-_LINES_OF_STAGE = 10
+_SECONDS_PER_LINE = 10.0
 """Where there is no terminal."""
 
 
@@ -69,6 +70,7 @@ class Screen:
             files = sum(source.files for source in corpus.sources)
             table.add_row("all", f"{files:,}", *_cells(corpus.counts))
         self._console.print(table)
+        self._console.print()
         made = Table(
             title="Corpus", title_justify="left", box=None, show_header=False, pad_edge=False
         )
@@ -76,6 +78,7 @@ class Screen:
             made.add_row(name, Text(value))
         self._console.print(made)
         if corpus.counts.bad_lines:
+            self._console.print()
             self._show_bad_lines(corpus, shown_bad_lines)
 
     def _facts(self, corpus: Corpus, seconds: float) -> Iterator[tuple[str, str]]:
@@ -114,15 +117,14 @@ def _cells(counts: Counts) -> tuple[str, ...]:
 
 
 def _plain_lines(name: str, total: int) -> Callable[[int], None]:
-    """Prints a line for each tenth of the stage."""
-    done = printed = 0
+    """Prints a line now and then."""
+    done, last = 0, time.monotonic()
 
     def advance(size: int) -> None:
-        nonlocal done, printed
+        nonlocal done, last
         done += size
-        tenths = done * _LINES_OF_STAGE // max(total, 1)
-        if tenths > printed:
-            printed = tenths
-            print(f"{name}: {done:,} of {total:,} bytes", flush=True)
+        if time.monotonic() - last >= _SECONDS_PER_LINE:
+            last = time.monotonic()
+            print(f"{name}: {done:,} of {total:,} bytes, {done / total:.0%}", flush=True)
 
     return advance
