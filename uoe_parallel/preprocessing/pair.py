@@ -9,7 +9,6 @@ takes seconds to import, in every process.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ class TokensAndLengths(NamedTuple):
 
 
 class HashedFile:
-    """A file to write, with the SHA-256 of its contents; it is on the disk when it is closed."""
+    """A file to write, and the SHA-256 of what it is given."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -49,9 +48,7 @@ class HashedFile:
         self._sha256.update(data)
 
     def close(self) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._file.close()
 
     @property
     def sha256(self) -> str:

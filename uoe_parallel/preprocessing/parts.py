@@ -1,8 +1,8 @@
 """One piece of the sources, read and encoded: a part of the corpus, in files of its own.
 
 A part's name is the hash of all that decides what is in it, so that a part that is there need not
-be made again. Its record is written when everything else is on the disk, and has the checksums of
-that: parts that were being written when the machine went down are not taken for whole.
+be made again. Its record comes last, and has the checksums of everything else: a part that was not
+complete when its maker was killed, or not on the disk when the machine went down, is made again.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _find(folder: Path, name: str) -> Part | None:
             with (folder / f"{name}{ending}").open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
                     return None
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     counts = Counts(**record["counts"])
     return Part(folder, name, was_there=True, counts=counts, lines=record["lines"])
@@ -218,6 +218,5 @@ def _write_record(part: Part, checksums: list[str]) -> None:
     record = {"counts": asdict(part.counts), "lines": part.lines, "sha256": checksums}
     path = part.folder / f"{part.name}{_RECORD}"
     new = path.with_suffix(_NEW)
-    with HashedFile(new) as file:
-        file.write(json.dumps(record).encode())
+    new.write_text(json.dumps(record), "utf-8")
     new.replace(path)

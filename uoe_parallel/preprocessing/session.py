@@ -15,7 +15,7 @@ import numpy as np
 
 from uoe_parallel.data.tokenizer import build_tokenizer
 from uoe_parallel.errors import UserError
-from uoe_parallel.preprocessing.pair import HashedFile, TokensAndLengths, dtype_for, join
+from uoe_parallel.preprocessing.pair import TokensAndLengths, dtype_for, join
 from uoe_parallel.preprocessing.parts import Counts, Part, Recipe, remove_parts
 from uoe_parallel.preprocessing.sources import LineNumbers
 from uoe_parallel.preprocessing.spans import Piece, Reading, Source, cut, find_sources
@@ -211,8 +211,8 @@ def _join(
         ],
         "sha256": {"bin": bin_sha256, "idx": idx_sha256},
     }
-    with HashedFile(folder / f"{_NEW}.json") as file:
-        file.write(json.dumps(record, indent=2).encode() + b"\n")
+    text = json.dumps(record, indent=2) + "\n"
+    (folder / f"{_NEW}.json").write_text(text, "utf-8")
     reused = sum(part.was_there for part in parts)
     return Corpus(request.prefix, of_sources, of_all, len(parts), reused, record)
 
@@ -221,13 +221,21 @@ def _publish(prefix: Path, folder: Path) -> None:
     """Give the results their names. Were this to stop in the midst of it, there is no summary, and
     the parts are still there to repeat it from."""
     final = [Path(f"{prefix}{ending}") for ending in _ENDINGS]
+    new = [folder / f"{_NEW}{ending}" for ending in _ENDINGS]
+    for path in new:
+        _sync(path)
     final[-1].unlink(missing_ok=True)
-    for ending, path in zip(_ENDINGS, final, strict=True):
-        (folder / f"{_NEW}{ending}").replace(path)
+    for source, target in zip(new, final, strict=True):
+        source.replace(target)
     bad_lines = Path(f"{prefix}{BAD_LINES}")
     if bad_lines.stat().st_size == 0:
         bad_lines.unlink()
-    descriptor = os.open(prefix.parent, os.O_RDONLY)
+    _sync(prefix.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
