@@ -55,9 +55,13 @@ def _divisor(value: int, near: int) -> int:
 
 
 def heads_split_hidden(config: RunConfig) -> Iterator[Fault]:
-    """Heads have one whole, even width: rotary positions turn pairs of elements."""
+    """Heads have one whole width, and an even one where rotary positions turn pairs of elements."""
     model = config.model
-    fields = ("model.hidden_size", "model.num_heads")
+    if model.positions != "rotary":
+        size, heads = model.hidden_size, model.num_heads
+        yield from _divides("model.hidden_size", size, "model.num_heads", heads)
+        return
+    fields = ("model.hidden_size", "model.num_heads", "model.positions")
     pairs = 2 * model.num_heads
     if model.hidden_size % model.num_heads:
         problem = f"is not a multiple of model.num_heads = {model.num_heads}"

@@ -18,7 +18,6 @@ _FIXED = (
     "attention.routed_layers",
     "attention.shared_experts",
     "seed",
-    "data.tokenizer",
     "data.reset_at_documents",
     "data.mask_probability",
     "training.global_batch_size",

@@ -16,7 +16,8 @@ from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
 from uoe_parallel.errors import UserError
 from uoe_parallel.model.decoding import DecodingMemory
-from uoe_parallel.model.language_model import Embedding, LanguageModel
+from uoe_parallel.model.embedding import Embedding
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.relay import relay, relay_to_all
 from uoe_parallel.parallel.deepspeed_groups import topology
 from uoe_parallel.parallel.groups import ParallelGroups
