@@ -14,7 +14,7 @@ from tests.harness import Ranks
 from tests.model.cases import build_model, start
 from tests.programs import metrics
 from tests.tiny import tiny_config
-from tests.training.cases import STEPS, global_batch, split
+from tests.training.cases import REALLY_RELEASED, STEPS, global_batch, split
 from tests.training.runs import config_of, live, tensors_of
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
@@ -37,7 +37,13 @@ Row = tuple[float, float, float, float]
 
 def distilling_config(task: str = "next_token", **sections: Any) -> RunConfig:
     training = ROUTERS | sections.pop("training", {})
-    return tiny_config(model=TASKS[task], distillation=DISTILLATION, training=training, **sections)
+    return tiny_config(
+        model=TASKS[task],
+        distillation=DISTILLATION,
+        training=training,
+        deepspeed=REALLY_RELEASED,
+        **sections,
+    )
 
 
 def distil(config: RunConfig) -> list[Row]:
@@ -52,7 +58,8 @@ def distil(config: RunConfig) -> list[Row]:
         mine = shares[groups.data_rank :: groups.layout.data]
         result = engine.step(mine, step, StepTimer(lambda: None))
         assert engine.model.training
-        rows.append((result.loss, result.gradient_norm, *result.distillation.values()))
+        divergence, teacher_loss = result.distillation.values()
+        rows.append((result.loss, result.gradient_norm, divergence, teacher_loss))
     return rows
 
 
@@ -73,8 +80,8 @@ def distil_plainly(config: RunConfig) -> list[Row]:
         logits = [_logits_that_count(model, batch) for model in (student, teacher)]
         labels = batch.labels[batch.loss_mask]
         loss, teacher_loss = (F.cross_entropy(x_NV, labels) for x_NV in logits)
-        logs = [F.log_softmax(x_NV / TEMPERATURE, -1) for x_NV in logits]
-        divergence = F.kl_div(*logs, reduction="batchmean", log_target=True)
+        log_q, log_p = (F.log_softmax(x_NV / TEMPERATURE, -1) for x_NV in logits)
+        divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         optimizer.zero_grad()
         ((1 - WEIGHT) * loss + WEIGHT * TEMPERATURE**2 * divergence).backward()
         clip = training.gradient_clipping
