@@ -110,23 +110,15 @@ def _by_hand() -> tuple[float, dict[str, float]]:
     return right / len(QUESTIONS), TextScore.total(list(texts.values())).values
 
 
-def test_tasks_are_evaluated_alike_on_any_layout(ranks: Ranks, folder: Path) -> None:
+def test_tasks_are_evaluated_as_by_hand_whatever_the_layout(ranks: Ranks, folder: Path) -> None:
     first, second = ranks(2).run(_evaluate, folder, {"tensor": 2})
     assert first is not None and second is None  # who speaks, and who goes along
-    [alone] = ranks(1).run(_evaluate, folder, {})
-    assert alone is not None
-    (results, texts), (expected, expected_texts) = first, alone
-    assert texts == expected_texts
-    for task, metrics in results.items():
-        for name, value in metrics.items():
-            wanted = expected[task][name]
-            assert value == (pytest.approx(wanted) if isinstance(value, float) else wanted), name
-
+    results, texts = first
     [(accuracy, values)] = ranks(1).run(_by_hand)
-    assert expected["choices"]["acc,none"] == pytest.approx(accuracy)
+    assert results["choices"]["acc,none"] == pytest.approx(accuracy)
     for name in ("bits_per_byte", "word_perplexity"):
-        assert expected["perplexity"][f"{name},none"] == pytest.approx(values[name])
-    assert all("e" not in text for text in texts)
+        assert results["perplexity"][f"{name},none"] == pytest.approx(values[name])
+    assert len(texts) == len(QUESTIONS) and all("e" not in text for text in texts)
 
 
 def _likelihoods(contexts: list[tuple[str, str]], resets: bool) -> list[tuple[float, bool, float]]:
