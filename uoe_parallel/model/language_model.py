@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -22,16 +21,16 @@ from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.dropout import Dropout
+from uoe_parallel.model.embedding import Embedding
 from uoe_parallel.model.heads import ClassHead, VocabularyHead
 from uoe_parallel.model.initialization import Initializer
-from uoe_parallel.model.norm import RMSNorm
+from uoe_parallel.model.norm import Norm
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
-from uoe_parallel.parallel.purposes import Purpose, labelled
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
-from uoe_parallel.routing.router import Router
+from uoe_parallel.routing.router import ROUTER_SUFFIX, Router
 
 
 class LayerBuilder:
@@ -48,8 +47,26 @@ class LayerBuilder:
         self.megatron = megatron_config(groups.layout, dtype)
         self.init = Initializer(config.seed)
 
-    def norm(self) -> RMSNorm:
-        return RMSNorm(
+    def embedding(self, vocab_size: int) -> Embedding:
+        model, std = self.config.model, self.config.model.init_std
+        learned = model.positions == "learned" and self.groups.is_first_stage
+        return Embedding(
+            vocab_size,
+            model.hidden_size,
+            dtype=self.dtype,
+            init=self.init.normal("embedding", std),
+            length=model.sequence_length,
+            # A tied embedding is on the last stage as well, and adds nothing there.
+            positions_init=self.init.normal("embedding.positions", std) if learned else None,
+            dropout=self.dropout(),
+            config=self.megatron,
+            group=self.groups.tensor,
+            sequence_parallel=self.groups.layout.sequence_parallel,
+        )
+
+    def norm(self) -> Norm:
+        return Norm(
+            self.config.model.norm,
             self.config.model.hidden_size,
             eps=self.config.model.norm_eps,
             dtype=self.dtype,
@@ -69,7 +86,7 @@ class LayerBuilder:
             model.hidden_size,
             model.num_heads,
             model.kv_heads,
-            rope_base=model.rope_base,
+            rope_base=model.rope_base if model.positions == "rotary" else None,
             causal=model.causal,
             keys_and_values=self.config.attention.keys_and_values,
             bias=model.bias,
@@ -188,36 +205,6 @@ class TransformerBlock(nn.Module):
         return x_SBD + self.dropout(fed)
 
 
-class _ParallelEmbedding(VocabParallelEmbedding):
-    """Megatron's, whose collectives have a name."""
-
-    def forward(self, input_: Tensor) -> Tensor:
-        assert isinstance(self.tp_group, ProcessGroup)
-        return labelled(Purpose.EMBEDDING, self.tp_group, super().forward, input_)
-
-
-class Embedding(nn.Module):
-    """Token ids [B, S] to hidden states [S or S/P, B, D], the vocabulary cut over the group."""
-
-    def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
-        super().__init__()
-        self.sequence_parallel = builder.groups.layout.sequence_parallel
-        self.tokens = _ParallelEmbedding(
-            vocab_size,
-            builder.config.model.hidden_size,
-            init_method=builder.init.normal("embedding", builder.config.model.init_std),
-            config=builder.megatron,
-            tp_group=builder.groups.tensor,
-        )
-        self.dropout = builder.dropout()
-
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        self.tokens.reduce_scatter_embeddings = self.sequence_parallel
-        hidden = self.tokens(tokens_BS)
-        hidden = hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
-        return self.dropout(hidden)
-
-
 class LanguageModel(nn.Module):
     """A transformer whose blocks are unions of experts, or one pipeline stage of it.
 
@@ -259,12 +246,15 @@ class LanguageModel(nn.Module):
         head_size = 0 if classifies else vocab_size
         self.stage_layers = stage_layers(config, groups.pipe.size(), head_size)
         first, last = groups.is_first_stage, groups.is_last_stage
-        self.embedding = Embedding(builder, vocab_size) if first or (last and self.tied) else None
+        self.embedding = builder.embedding(vocab_size) if first or (last and self.tied) else None
         self.layers = nn.ModuleDict(
             {str(n): build_layer(builder, n) for n in self.stage_layers[groups.stage]}
         )
         self.final_norm = builder.norm() if last else None
         self.head = builder.head(vocab_size, used_vocab_size) if last else None
+        if config.training.trains == "routers":
+            for name, param in self.named_parameters():
+                param.requires_grad_(name.endswith(ROUTER_SUFFIX))
 
     @property
     def num_shards(self) -> int:
@@ -291,11 +281,11 @@ class LanguageModel(nn.Module):
         """
         if self.groups.is_first_stage:
             assert self.embedding is not None
-            shape = (x.shape[0], x.shape[1])
-            x = self.embedding(x)
+            context = self.context((x.shape[0], x.shape[1]), documents_BS, x.device, memory)
+            x = self.embedding(x, context.documents)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = self.context(shape, documents_BS, x.device, memory)
+            context = self.context(shape, documents_BS, x.device, memory)
         for layer in self.layers.values():
             x = layer(x, context)
         if memory is not None:
