@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,20 @@ def dense_model(kind: str, **fields: Any) -> Any:
     return model.eval()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model only waits for more of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train(model: Any, text: str, steps: int) -> None:
     """On the bytes of `text`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only waits for more of them
     ids = torch.tensor(list(text.encode()))
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -62,7 +74,6 @@ def train(model: Any, text: str, steps: int) -> None:
         optimizer.zero_grad()
         model(tokens_BS, labels=tokens_BS).loss.backward()
         optimizer.step()
-    torch.set_num_threads(threads)
 
 
 def save(model: Any, folder: Path, *, shard_size: str = "1GB") -> Path:
@@ -70,6 +81,7 @@ def save(model: Any, folder: Path, *, shard_size: str = "1GB") -> Path:
     return folder
 
 
+@_one_thread()
 @torch.no_grad()
 def logits(model: Any, tokens_BS: Tensor) -> Tensor:
     """fp64 as far as transformers goes, whose norms and angles are fp32: [B, S, V]."""

@@ -33,13 +33,13 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         },
         True,
     ),
-    "mistral": ("mistral", {"sliding_window": None}, True),
     "gpt2": ("gpt2", {}, False),
     "gpt2, gelu, own head": (
         "gpt2",
         {"activation_function": "gelu", "tie_word_embeddings": False},
         True,
     ),
+    "mistral": ("mistral", {"sliding_window": None}, True),
 }
 """Which model, what of it, and whether neurons move and routers are fitted."""
 
@@ -58,7 +58,13 @@ def all_on(run: str, tokens_BS: Tensor, overrides: list[str]) -> Tensor:
         return model.logits(tokens_BS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *list(CASES)[:3],
+        *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[3:]),
+    ],
+)
 def test_all_experts_compute_the_dense_model(ranks: Ranks, tmp_path: Path, case: str) -> None:
     kind, fields, studies = CASES[case]
     model = dense_models.dense_model(kind, **fields)
