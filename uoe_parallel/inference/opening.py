@@ -22,10 +22,11 @@ from uoe_parallel.data.tokenizer import (
     padded_vocab_size,
 )
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import check_tokenizer
 from uoe_parallel.inference.weights import load_weights
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.relay import relay_to_all
+from uoe_parallel.model.relay import relay_last_to_all, relay_to_all
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
@@ -55,6 +56,13 @@ class OpenedModel:
         """Logits of the used vocabulary [B, S, V], the same on every rank of a replica of the
         model. Collective over these. memory: as in `LanguageModel.hidden`."""
         return relay_to_all(self.model, tokens_BS, memory)
+
+    def next_logits(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None, memory: DecodingMemory
+    ) -> Tensor:
+        """Logits of the used vocabulary after the last token of each text, [B, V], as `logits`.
+        Within `LanguageModel.replicated_tokens`."""
+        return relay_last_to_all(self.model, tokens_BS, documents_BS, memory)
 
 
 def saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -90,6 +98,7 @@ def open_model(
     reader = locate_checkpoint(path, groups.world)
     with shared_fate(f"{reader.path} cannot be opened", "See to the named file", groups.world):
         tokenizer = build_tokenizer(config.data.tokenizer)
+        check_tokenizer(reader, config.data.tokenizer, tokenizer)
         precision = DTYPES[config.training.precision]
         backend, _ = pick_backend(device, precision, config.training.expert_products, groups.world)
         num_ids = num_model_ids(tokenizer, config.model.task)

@@ -46,10 +46,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] to the same shape."""
         weight, bias = self.weight, self.bias
-        if self.sequence_parallel:  # gradients of both in one message
-            whole = weight.unsqueeze(0) if bias is None else torch.stack((weight, bias))
-            whole = comm.sum_gradient(whole, self.group, Purpose.REPLICATED_WEIGHTS)
-            weight, bias = whole[0], None if bias is None else whole[1]
+        if self.sequence_parallel:
+            weight = comm.sum_gradient(weight, self.group, Purpose.REPLICATED_WEIGHTS)
+            if bias is not None:
+                bias = comm.sum_gradient(bias, self.group, Purpose.REPLICATED_WEIGHTS)
         norm, _ = choose_norm(self.kind, x.device.type)
         return norm(x, weight, bias, self.eps)
 
