@@ -51,6 +51,14 @@ def dense_model(kind: str, **fields: Any) -> Any:
     return model.eval()
 
 
+def load(kind: str, folder: Path) -> Any:
+    """What `save` wrote."""
+    import transformers
+
+    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    return getattr(transformers, names[kind]).from_pretrained(folder)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """So small a model only waits for more of them."""

@@ -16,6 +16,7 @@ from tests.conversion import dense_models
 from tests.harness import Ranks
 from tests.programs import Outcome
 from uoe_parallel.checkpoint import locate_checkpoint
+from uoe_parallel.conversion.export_dense import merge
 from uoe_parallel.conversion.program import main
 from uoe_parallel.inference.opening import opened, saved_config
 
@@ -86,6 +87,12 @@ def test_all_experts_compute_the_dense_model(ranks: Ranks, tmp_path: Path, case:
         for found in ranks(2 if layout else 1).run(all_on, str(run), tokens_BS, layout):
             difference = (found - expected).abs().max() / expected.abs().max()
             assert difference < 1e-5, (layout, difference)
+    if not studies:
+        merge(run, tmp_path / "merged", None)
+        back = dense_models.load(kind, tmp_path / "merged").state_dict()
+        original = dense_models.load(kind, source).state_dict()
+        assert back.keys() == original.keys()
+        assert all(torch.equal(back[name], value) for name, value in original.items())
 
 
 def test_text_chooses_better_experts_than_chance(ranks: Ranks, tmp_path: Path) -> None:
