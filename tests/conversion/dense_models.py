@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.conversion.hugging_face import transformers
 
 VOCABULARY = 257
 """Of bytes."""
@@ -19,19 +20,18 @@ CONTEXT = 32
 def dense_model(kind: str, **fields: Any) -> Any:
     """A causal model of transformers with random weights, biases and norms too. Raises KeyError for
     an unknown kind."""
-    import transformers
-
+    library = transformers()
     ends = {"bos_token_id": None, "eos_token_id": None}
     fields = {"vocab_size": VOCABULARY, **fields}
     if kind == "gpt2":
         small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": CONTEXT}
-        config = transformers.GPT2Config(**{**small, **ends, **fields})
-        model = transformers.GPT2LMHeadModel(config)
+        config = library.GPT2Config(**{**small, **ends, **fields})
+        model = library.GPT2LMHeadModel(config)
     else:
-        configs = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}
+        configs = {"llama": library.LlamaConfig, "mistral": library.MistralConfig}
         classes = {
-            "llama": transformers.LlamaForCausalLM,
-            "mistral": transformers.MistralForCausalLM,
+            "llama": library.LlamaForCausalLM,
+            "mistral": library.MistralForCausalLM,
         }
         small = {
             "hidden_size": 32,
@@ -49,14 +49,6 @@ def dense_model(kind: str, **fields: Any) -> Any:
         mean = 1.0 if is_norm and name.endswith("weight") else 0.0
         torch.nn.init.normal_(parameter, mean, 0.3, generator=generator)
     return model.eval()
-
-
-def load(kind: str, folder: Path) -> Any:
-    """What `save` wrote."""
-    import transformers
-
-    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-    return getattr(transformers, names[kind]).from_pretrained(folder)
 
 
 @contextmanager
@@ -98,9 +90,3 @@ def logits(model: Any, tokens_BS: Tensor) -> Tensor:
 
 def random_tokens(batch: int = 3, length: int = CONTEXT) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    """Put fields into the config.json of a saved model."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

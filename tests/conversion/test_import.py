@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.conversion import dense_models
+from tests.conversion.hugging_face import load
 from tests.harness import Ranks
 from tests.programs import Outcome
 from uoe_parallel.checkpoint import locate_checkpoint
@@ -89,8 +90,8 @@ def test_all_experts_compute_the_dense_model(ranks: Ranks, tmp_path: Path, case:
             assert difference < 1e-5, (layout, difference)
     if not studies:
         merge(run, tmp_path / "merged", None)
-        back = dense_models.load(kind, tmp_path / "merged").state_dict()
-        original = dense_models.load(kind, source).state_dict()
+        back = load(tmp_path / "merged").state_dict()
+        original = load(source).state_dict()
         assert back.keys() == original.keys()
         assert all(torch.equal(back[name], value) for name, value in original.items())
 
