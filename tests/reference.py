@@ -91,7 +91,7 @@ def rotary(x: Tensor, position: int, base: float) -> Tensor:
     return torch.cat((turned.real, turned.imag))
 
 
-def _places(ids: Tensor) -> list[int]:
+def places(ids: Tensor) -> list[int]:
     """Each token's place in its document, of the ids [S] of a sequence."""
     tokens = ids.tolist()
     return [t - tokens.index(document) for t, document in enumerate(tokens)]
@@ -114,8 +114,8 @@ def _turned(rows: Tensor, ids: Tensor, base: float | None) -> Tensor:
     rotary."""
     if base is None:
         return rows
-    places = _places(ids)
-    return torch.stack([rotary(row, places[t], base) for t, row in enumerate(rows)])
+    turned = [rotary(row, place, base) for row, place in zip(rows, places(ids), strict=True)]
+    return torch.stack(turned)
 
 
 def dense_attention(

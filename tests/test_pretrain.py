@@ -226,6 +226,7 @@ def test_one_rank_tells_the_command_that_resumes(ranks: Ranks, tmp_path: Path) -
     assert [record["step"] for record in metrics(folder)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_both_ranks_and_is_told_as_the_way_on(ranks: Ranks, tmp_path: Path) -> None:
     path = write_run(tmp_path, parallel={"tensor": 2}, training={"steps": 2})
     start = ["--standalone", "--nproc-per-node", "2", "-m", "uoe_parallel.pretrain"]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.analysis.memory import first_stage_memory, kept_bytes, predict, watched_steps
 from tests.harness import Ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import GPT_2, tiny_config, write_corpus
 from uoe_parallel.config.schema import RunConfig
 
 DENSE: dict[str, Any] = {"routed_layers": "none"}
@@ -22,11 +22,6 @@ MODEL: dict[str, Any] = {
 }
 WIDE: dict[str, Any] = {"hidden_size": 256, "ffn_size": 1024, "sequence_length": 32}
 """Of which the states are the most."""
-GPT_2: dict[str, Any] = {
-    "norm": "layer_norm",
-    "positions": "learned",
-    "activation": "gelu_tanh",
-}
 BF16: dict[str, Any] = {"hidden_size": 64, "ffn_size": 256, "sequence_length": 64}
 ONCE: dict[str, Any] = {"global_batch_size": 2}
 ONE_SEQUENCE: dict[str, Any] = {"micro_batch_size": 1}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.analysis.cases import Purposes, RealStep, simulate, take_steps
 from tests.harness import Ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import GPT_2, tiny_config, write_corpus
 from uoe_parallel.analysis.observe import Observed
 from uoe_parallel.analysis.simulate import Simulation
 from uoe_parallel.config.schema import RunConfig
@@ -22,11 +22,6 @@ RECOMPUTE: dict[str, Any] = {"recompute": "full"}
 SELECTIVE: dict[str, Any] = {"recompute": "selective"}
 DENSE: dict[str, Any] = {"routed_layers": "none"}
 FIRST: dict[str, Any] = {"routed_layers": [0]}
-GPT_2: dict[str, Any] = {
-    "norm": "layer_norm",
-    "positions": "learned",
-    "activation": "gelu_tanh",
-}
 NARROW: dict[str, Any] = {"hidden_size": 10, "num_heads": 5, "num_kv_heads": 5}
 """Of sizes that have to be padded before they are cut."""
 RELEASED = {

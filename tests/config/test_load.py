@@ -212,6 +212,14 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
                 "number; give a list of 2, each a finite number"
             ),
         ),
+        (
+            "data.train=[{prefix: a}]",
+            (
+                'data.train = [{"prefix": "a"}] is not text or a list, each a mapping of prefix '
+                "(text) and weight (a finite number above 0); give text or a list, each a mapping "
+                "of prefix (text) and weight (a finite number above 0)"
+            ),
+        ),
     ],
 )
 def test_what_users_type_wrong(minimal: Path, override: str, fault: str) -> None:

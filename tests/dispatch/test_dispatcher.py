@@ -140,7 +140,7 @@ def batches_of_problems(layout: ParallelLayout) -> st.SearchStrategy[list[Proble
 
 
 few_batches = settings(
-    max_examples=3,
+    max_examples=2,
     # A failing batch is reported as it is: shrinking runs it again and again.
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.model.cases import build_model, random_tokens, start
 from tests.model.rules import CAUSAL_RULES
-from tests.tiny import tiny_config
+from tests.tiny import GPT_2, tiny_config
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
 
@@ -22,7 +22,6 @@ MODES: dict[str, dict[str, Any]] = {
     "all keys": {"keys_and_values": "all"},
     "dense": {"routed_layers": [0]},
 }
-GPT_2 = {"norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh"}
 LENGTHS = [6, 1, 4, 9]
 """Of the beginnings, in one batch."""
 Compared = dict[tuple[str, str], list[tuple[Tensor, Tensor]]]

@@ -182,6 +182,7 @@ def test_disk_that_fails_one_rank_ends_all(
     assert [folder.name for folder in checkpoints.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_a_number_leaves_the_last_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
     nothing_else = {"validation": None, "test": None}
     path = write_run(tmp_path, parallel={"tensor": 2}, data=nothing_else)
@@ -222,6 +223,7 @@ def test_gradients_that_overflow_reach_no_checkpoint(
     assert all(reader.read(key).isfinite().all() for key in keys)
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_one_message(tmp_path: Path) -> None:
     path = _token_beyond_vocabulary(tmp_path, 0)
     torchrun = [script("torchrun"), "--standalone", "--nproc-per-node", "2"]

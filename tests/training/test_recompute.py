@@ -29,7 +29,7 @@ RELEASED = {
         pytest.param(4, 2, 1, "fp32", 0.2, marks=pytest.mark.slow),
         (2, 1, 1, "bf16", 0.2),
         (2, 1, 2, "fp32", 0.2),
-        (4, 2, 3, "fp32", 0.2),
+        pytest.param(4, 2, 3, "fp32", 0.2, marks=pytest.mark.slow),
     ],
 )
 def test_steps_with_recomputation_are_those_without(

@@ -24,9 +24,9 @@ LAYOUTS: list[tuple[str, int, dict[str, int], int]] = [
 ]
 FAST = [
     ("fp32", 4, {"tensor": 2}, 1),
-    ("fp32", 4, {"tensor": 2}, 3),
     ("bf16", 2, {}, 0),
     ("bf16", 2, {}, 2),
+    ("bf16", 2, {}, 3),
     ("fp32", 2, {"pipeline": 2}, 0),
     ("bf16", 2, {"pipeline": 2}, 1),
     ("fp32", 2, {"expert": 2}, 2),

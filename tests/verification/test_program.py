@@ -116,7 +116,7 @@ def test_layouts_pass(tool: Any, config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "seed"),
     [
-        ("scale-gradient", 0),
+        pytest.param("scale-gradient", 0, marks=pytest.mark.slow),
         ("skip-reduction", 0),
         pytest.param("skip-reduction", 1, marks=pytest.mark.slow),
     ],
@@ -161,6 +161,7 @@ def test_a_layout_without_reductions_has_none_to_skip(tool: Any, tmp_path: Path)
     assert verified.out.count("planted: nothing, this layout has no such reduction") == 2
 
 
+@pytest.mark.slow
 def test_bf16_replays_routes(tool: Any, config: Path) -> None:
     layouts = ("--layouts", "one-zero0", "tp2-sp-zero1")
     arguments = ("--ranks", "2", "--steps", "2", "--precision", "bf16", *layouts)
@@ -341,6 +342,7 @@ def test_a_layout_that_breaks_is_a_failure(
     assert bad["failure"]["summary"] == "rank 1: RuntimeError: broken"
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_a_shell(config: Path, tmp_path: Path) -> None:
     """With a server of its own to fork ranks from."""
     script = [sys.executable, CHECKOUT / "tools" / "verify_layouts.py"]

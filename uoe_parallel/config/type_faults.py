@@ -102,15 +102,25 @@ def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
 
 def _expected(schema: dict[str, Any]) -> str:
     """A JSON schema of a leaf in words."""
+    return _in_words(schema, schema.get("$defs", {}))
+
+
+def _in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return _in_words(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "anyOf" in schema:
-        return " or ".join(_expected(choice) for choice in schema["anyOf"])
+        return " or ".join(_in_words(choice, definitions) for choice in schema["anyOf"])
     if choices := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return " or ".join(show(choice) for choice in choices)
     if schema["type"] == "array" and "prefixItems" in schema:
         items = schema["prefixItems"]
-        return f"a list of {len(items)}, each {_expected(items[0])}"
+        return f"a list of {len(items)}, each {_in_words(items[0], definitions)}"
     if schema["type"] == "array":
-        return f"a list, each {_expected(schema['items'])}"
+        return f"a list, each {_in_words(schema['items'], definitions)}"
+    if schema["type"] == "object" and "properties" in schema:
+        inner = schema["properties"].items()
+        named = (f"{name} ({_in_words(field, definitions)})" for name, field in inner)
+        return f"a mapping of {' and '.join(named)}"
     limits = [f" {words} {schema[key]:g}" for key, words in _RANGES.items() if key in schema]
     return _NOUNS[schema["type"]] + " and".join(limits)
 

@@ -19,13 +19,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from uoe_parallel.conversion import export_program
+from uoe_parallel.conversion import export_program, import_program
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 
 Commands = Any
 """argparse's subparsers, whose type is private to it."""
 
-SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (export_program.add_arguments,)
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (
+    import_program.add_arguments,
+    export_program.add_arguments,
+)
 
 INTERRUPTED = 130
 """Exit code, beside 0 and that of a mistake."""
@@ -41,7 +44,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_arguments in SUBCOMMANDS:
         add_arguments(commands)
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides in one place only, and intermixes them with options only where there
+    # are no subcommands.
+    if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
+        parser.parse_args(arguments)
+    else:
+        options.overrides += rest
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import codecs
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uoe_parallel.config.schema import Task
+from uoe_parallel.data.subwords import HuggingFaceTokenizer, SentencePieceTokenizer
 from uoe_parallel.errors import UserError
+
+
+class TextStream(Protocol):
+    """Decodes one text while its ids come one by one, and never splits a character."""
+
+    def add(self, token: int, /) -> str:
+        """The text that is certain now that `token` follows; it may be empty."""
+        ...
+
+    def end(self) -> str:
+        """What is left when no further token comes."""
+        ...
 
 
 class Tokenizer(Protocol):
@@ -28,6 +43,11 @@ class Tokenizer(Protocol):
         """The id that ends every document."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs between tokenizers that differ, wherever their files are."""
+        ...
+
     def encode(self, text: bytes | str) -> NDArray[np.int64]:
         """Token ids [n] of `text`, without an end-of-document id."""
         ...
@@ -36,12 +56,17 @@ class Tokenizer(Protocol):
         """The text of `ids`, end-of-document ids left out."""
         ...
 
+    def stream(self) -> TextStream:
+        """A decoder of one text, token by token."""
+        ...
+
 
 class ByteTokenizer:
     """One token per byte of UTF-8: ids 0 to 255 are the bytes, 256 ends a document."""
 
     size = 257
     eod = 256
+    fingerprint = "bytes"
 
     def encode(self, text: bytes | str) -> NDArray[np.int64]:
         """Token ids [n] of the n bytes of `text`; a str counts as UTF-8."""
@@ -56,16 +81,42 @@ class ByteTokenizer:
         data = bytes(int(i) for i in ids if int(i) != self.eod)
         return data.decode("utf-8", errors="replace")
 
+    def stream(self) -> ByteStream:
+        """A decoder of one text, byte by byte."""
+        return ByteStream()
 
-_TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer}
+
+class ByteStream:
+    """The text of bytes that come one by one, `ByteTokenizer.eod` left out."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The character that ends with this byte, if one does."""
+        return "" if token == ByteTokenizer.eod else self._decoder.decode(bytes([token]))
+
+    def end(self) -> str:
+        """U+FFFD if a character was not ended."""
+        return self._decoder.decode(b"", final=True)
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names. Raises UserError for an unknown name."""
-    if name not in _TOKENIZERS:
-        known = ", ".join(sorted(_TOKENIZERS))
-        raise UserError(f"data.tokenizer: {name!r} is not known; choose one of: {known}")
-    return _TOKENIZERS[name]()
+    """The tokenizer that `data.tokenizer` names: "bytes", or a file, which is found by its ending.
+
+    Raises UserError for an unknown name and for a file that cannot be read.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise UserError(
+        f'data.tokenizer: {name!r} is not known; use "bytes", a file of the tokenizers library '
+        "(.json) or a SentencePiece model (.model)"
+    )
 
 
 def num_model_ids(tokenizer: Tokenizer, task: Task) -> int:

@@ -101,6 +101,8 @@ class SelectiveMultiHeadAttention(nn.Module):
             init_method=qkv_init,
             group=group,
         )
+        if rope_base is None and self.qkv.bias is not None:
+            self.qkv.bias.register_hook(self._without_keys)
         self.output = SlicedRowParallelLinear(
             hidden_size,
             hidden_size,
@@ -210,6 +212,16 @@ class SelectiveMultiHeadAttention(nn.Module):
         if self.rope_base is None:
             return heads
         return rotate(heads, position, self.rope_base, kept=kept)
+
+    def _without_keys(self, bias_gradient: Tensor) -> Tensor:
+        """The gradient of the projections' biases with zeros for those of keys.
+
+        Without rotary positions such a bias shifts all scores of a query alike, which softmax does
+        not see. What is left of its gradient is rounding, and AdamW would make whole steps of it.
+        """
+        by_expert = bias_gradient.clone().view(-1, self.queries_per_expert + 2, self.head_width)
+        by_expert[:, self.queries_per_expert] = 0
+        return by_expert.view_as(bias_gradient)
 
     def _split(self, qkv: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d], q and k turned

@@ -31,8 +31,15 @@ class _ParallelLogits(ColumnParallelLinear):
         return labelled(Purpose.HEAD, self.tp_group, super().forward, *args, **kwargs)
 
 
+_PADDING_LOGIT = -1e4
+"""Far below every other, and finite: a softmax gives it exactly zero in fp32 and fp64."""
+
+
 class VocabularyHead(nn.Module):
-    """A token at every position: logits [S, B, V/P] of this rank's part of the vocabulary."""
+    """A token at every position: logits [S, B, V/P] of this rank's part of the vocabulary.
+
+    Ids from `used_vocab_size` on only fill the vocabulary up, and have no part in any softmax.
+    """
 
     def __init__(
         self,
@@ -65,7 +72,13 @@ class VocabularyHead(nn.Module):
         # and backward pass then, and not for longer.
         assert self.tied == (embedding is not None)
         weight = embedding.weight if embedding is not None else None
-        return self.logits(x_SBD, weight=weight)[0]
+        logits_SBV = self.logits(x_SBD, weight=weight)[0]
+        # Trained models push padding down by themselves. A converted one has no weights for it, and
+        # logits of zero outweigh those of ids with a meaning where all of these are far below.
+        # Detached: what a softmax gives no share has no gradient either.
+        used = max(self.used_vocab_size - self.group.rank() * logits_SBV.shape[-1], 0)
+        logits_SBV.detach()[..., used:].fill_(_PADDING_LOGIT)
+        return logits_SBV
 
     def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), the same on every

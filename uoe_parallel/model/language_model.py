@@ -30,7 +30,7 @@ from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.megatron import megatron_config
 from uoe_parallel.parallel.random import recompute
 from uoe_parallel.parallel.sharding import mark_wide, partition_dim
-from uoe_parallel.routing.router import Router
+from uoe_parallel.routing.router import ROUTER_SUFFIX, Router
 
 
 class LayerBuilder:
@@ -252,6 +252,9 @@ class LanguageModel(nn.Module):
         )
         self.final_norm = builder.norm() if last else None
         self.head = builder.head(vocab_size, used_vocab_size) if last else None
+        if config.training.trains == "routers":
+            for name, param in self.named_parameters():
+                param.requires_grad_(name.endswith(ROUTER_SUFFIX))
 
     @property
     def num_shards(self) -> int:

@@ -75,8 +75,7 @@ class TrainingEngine:
             config.parallel.zero_stage,
         )
         module = self._module()
-        if any(is_wide(param) for param in model.parameters()):
-            module.wide_expert_groups = WideExpertGroups(groups)
+        self._tell_of_wide_experts(module)
         # DeepSpeed's optimizer types vary by ZeRO stage and are not declared.
         try:
             engine, *_ = deepspeed.initialize(
@@ -103,6 +102,14 @@ class TrainingEngine:
     def _module(self) -> nn.Module:
         """What DeepSpeed trains."""
         return self.model
+
+    def _tell_of_wide_experts(self, module: nn.Module) -> None:
+        wide = [param for param in self.model.parameters() if is_wide(param)]
+        if any(param.requires_grad for param in wide):
+            module.wide_expert_groups = WideExpertGroups(self.groups)
+        elif wide:
+            # DeepSpeed would miss their optimizer's groups, and only has to know who shares them.
+            WideExpertGroups(self.groups).set_deepspeed_parallelism()
 
     def _model_parallel_unit(self) -> object:
         return ModelParallelUnit(self.groups)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.errors import UserError
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.embedding import Embedding
 from uoe_parallel.model.language_model import LanguageModel
@@ -65,9 +67,23 @@ class PipelineTrainingEngine(TrainingEngine):
 def build_engine(
     model: LanguageModel, config: RunConfig, groups: ParallelGroups, device: torch.device
 ) -> TrainingEngine:
-    """The engine that suits the number of stages."""
+    """The engine that suits the number of stages. Raises UserError on every rank if there is
+    nothing to train on one of them."""
+    if config.training.trains == "routers":
+        _check_routers(model.stage_layers, config)
     kind = TrainingEngine if groups.layout.pipeline == 1 else PipelineTrainingEngine
     return kind(model, config, groups, device)
+
+
+def _check_routers(stages: Sequence[range], config: RunConfig) -> None:
+    routed = {int(block.split(".")[1]) for block in config.routed_blocks}
+    for number, layers in enumerate(stages):
+        if routed.isdisjoint(layers):
+            raise UserError(
+                f'training.trains = "routers" leaves pipeline stage {number} nothing to train: no '
+                f"layer of {layers.start} to {layers.stop - 1} is routed; use a smaller "
+                f"parallel.pipeline than {len(stages)}, or route layers of every stage"
+            )
 
 
 class LanguageModelPipeline(PipelineModule):
@@ -117,4 +133,7 @@ class _TiedEmbedding(TiedLayerSpec):
 
     def build(self, log: bool = False) -> Embedding:
         assert self._embedding is not None
+        weight: Any = self._embedding.tokens.weight
+        if not weight.requires_grad:
+            weight._hp_grad = None  # which DeepSpeed asks for in bf16 whether it is trained or not
         return self._embedding

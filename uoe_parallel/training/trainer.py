@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from signal import Signals
-from typing import Literal
 
 import torch
 
@@ -20,10 +20,11 @@ from uoe_parallel.data.batches import (
     step_batches,
     token_range,
 )
-from uoe_parallel.data.examples import open_examples
+from uoe_parallel.data.corpora import EvaluationSplit, open_run_data
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import STATE_KEY, check_tokenizer
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
@@ -41,6 +42,7 @@ from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
+from uoe_parallel.training.origin import start_from
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
 from uoe_parallel.training.recovery import Recovery
@@ -51,14 +53,12 @@ from uoe_parallel.training.saving import Saver
 from uoe_parallel.training.state import capture, restore
 from uoe_parallel.training.timers import StepTimer
 
-Split = Literal["validation", "test"]
-
 
 @dataclass(frozen=True)
 class RunSummary:
     """What a finished run ends with."""
 
-    evaluations: dict[Split, Evaluation]
+    evaluations: dict[EvaluationSplit, Evaluation]
     """Of each split that the config has data for."""
     text: str | None
     """Sampled from the model, if it predicts next tokens."""
@@ -89,20 +89,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
-        evaluated: dict[Split, str | None] = {
-            "validation": config.data.validation,
-            "test": config.data.test,
-        }
-        self.evaluated: dict[Split, str] = {
-            split: prefix for split, prefix in evaluated.items() if prefix is not None
-        }
-        """Where the data of each split is."""
         with shared_fate("the corpora cannot be read", "See to the named file", groups.world):
-            self.train_data = open_examples(config.data.train, config, self.tokenizer)
-            self.evaluation_data = {
-                split: open_examples(prefix, config, self.tokenizer)
-                for split, prefix in self.evaluated.items()
-            }
+            self.data = open_run_data(config, self.tokenizer)
         precision = DTYPES[config.training.precision]
         backend, self.products = pick_backend(
             device.torch_device, precision, config.training.expert_products, groups.world
@@ -172,9 +160,9 @@ class Trainer:
     def finish(self) -> RunSummary:
         """The last validation and test, and a sample if the model predicts next tokens. Collective
         over all ranks. Raises Interrupted on all of them as `train` does."""
-        evaluations: dict[Split, Evaluation] = {}
+        evaluations: dict[EvaluationSplit, Evaluation] = {}
         with self._saved_if_interrupted():
-            for split in self.evaluated:
+            for split in self.data.evaluation:
                 self._leave_if_asked()
                 evaluations[split] = self.evaluate(split)
             self._leave_if_asked()
@@ -199,7 +187,7 @@ class Trainer:
             )
             with self.timer.part("data"):
                 batches = step_batches(
-                    self.train_data,
+                    self.data.train,
                     self.progress.batch,
                     seed=self.config.seed,
                     global_batch_size=training.global_batch_size,
@@ -218,11 +206,11 @@ class Trainer:
         self.progress.updates += result.anomaly is None
         return result
 
-    def evaluate(self, split: Split) -> Evaluation:
+    def evaluate(self, split: EvaluationSplit) -> Evaluation:
         """On a split that the config has data for, reported."""
         batches = list(
             evaluation_batches(
-                self.evaluation_data[split],
+                self.data.evaluation[split],
                 self.config.training.validation_sequences,
                 micro_batch_size=self.config.training.micro_batch_size,
                 data_rank=self.groups.data_rank,
@@ -231,7 +219,7 @@ class Trainer:
         )
         smallest, largest = token_range(batches, self.config.model.task)
         below, largest = self._greatest(-smallest, largest, purpose=Purpose.TOKEN_RANGE)
-        self._check_tokens(below, largest, self.evaluated[split])
+        self._check_tokens(below, largest, self.data.sources[split])
         evaluation = self.engine.evaluate(batches)
         self.folder.record(self.step, split, evaluation.values)
         self.console.say(f"{split}: loss {evaluation.describe()} after step {self.step}")
@@ -254,7 +242,8 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "progress": self.progress.as_state(),
             "guard": self.engine.guard.as_state(),
-            "identity": run_identity(self.config, self.train_data.fingerprint),
+            STATE_KEY: self.tokenizer.fingerprint,
+            "identity": run_identity(self.config, self.data.train.fingerprint),
         }
         self.saver.save(self.step, captured, state)
         self._saved_step = self.step
@@ -265,12 +254,15 @@ class Trainer:
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
-                check_resumable(reader, run_identity(self.config, self.train_data.fingerprint))
+                check_tokenizer(reader, self.config.data.tokenizer, self.tokenizer)
+                check_resumable(reader, run_identity(self.config, self.data.train.fingerprint))
             self._restore(reader)
             self.console.say(
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
                 "are done"
             )
+        elif self.config.checkpoint.start_from is not None:
+            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
@@ -294,7 +286,7 @@ class Trainer:
         below, largest, signal, failed = self._greatest(
             -smallest, largest, signal, failed, purpose=Purpose.STEP_AGREEMENT
         )
-        self._check_tokens(below, largest, self.config.data.train)
+        self._check_tokens(below, largest, self.data.sources["train"])
         if failed:
             self.saver.finish()
         if signal:
@@ -327,12 +319,12 @@ class Trainer:
         own = torch.tensor(values, device=self.device.torch_device)
         return comm.max_over(own, self.groups.world, purpose=purpose).tolist()
 
-    def _check_tokens(self, below: int, largest: int, prefix: str) -> None:
+    def _check_tokens(self, below: int, largest: int, source: str) -> None:
         """`below`: minus the smallest id."""
         if largest >= self.tokenizer.size or below > 0:
             wrong = -below if below > 0 else largest
             raise UserError(
-                f"{prefix}: token id {wrong} is not one of the {self.tokenizer.size} ids of "
+                f"{source}: token id {wrong} is not one of the {self.tokenizer.size} ids of "
                 f"data.tokenizer={self.config.data.tokenizer}; preprocess the text with this "
                 "tokenizer or name the one it was made with"
             )
