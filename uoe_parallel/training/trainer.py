@@ -262,7 +262,8 @@ class Trainer:
                 "are done"
             )
         elif self.config.checkpoint.start_from is not None:
-            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
+            origin = Path(self.config.checkpoint.start_from)
+            self.console.say(start_from(origin, self.engine, self.tokenizer))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
@@ -337,6 +338,7 @@ class Trainer:
             "loss": result.loss,
             **loss_of_text(self.config.model.task, result.loss),
             "gradient_norm": result.gradient_norm,
+            **result.distillation,
             "learning_rate": result.learning_rate,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "tokens": float(self.step * self.tokens_per_step),
