@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from uoe_parallel.data.tokenizer import Tokenizer
-from uoe_parallel.inference.generation import harmless
 from uoe_parallel.inference.sampling import Sampling, sample
+from uoe_parallel.inference.terminal import harmless
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.training.engine import TrainingEngine
 
