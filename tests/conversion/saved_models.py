@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,31 +20,34 @@ from uoe_parallel.parallel.sharding import is_owner, named_shards
 STEP = 3
 
 
-def save_and_run(config: RunConfig, *, all_experts: bool = False) -> Tensor:
-    """On every rank: save a new model to config.run_dir; its logits [B, S, V] of `random_tokens`,
-    with every expert on if asked."""
-    model, groups = new_model(config)
-    save(model, groups, config)
-    return logits(model, config, all_experts=all_experts)
+def save_and_run(configs: Sequence[RunConfig], *, all_experts: bool = False) -> list[Tensor]:
+    """On every rank: for each config of one layout, save a new model to its run_dir, and return the
+    model's logits [B, S, V] of `random_tokens`, with every expert on if asked."""
+    groups = start(configs[0])
+    found: list[Tensor] = []
+    for config in configs:
+        model = new_model(config, groups)
+        save(model, groups, config)
+        found.append(logits(model, config, all_experts=all_experts))
+    return found
 
 
-def new_model(config: RunConfig) -> tuple[LanguageModel, ParallelGroups]:
-    """Nothing of it is zero or the same for all experts: biases and norms are random, and rules are
+def new_model(config: RunConfig, groups: ParallelGroups) -> LanguageModel:
+    """Nothing in it is zero, or the same for all experts: biases and norms are random, and rules
     as if of some steps."""
-    groups = start(config)
     model = build_model(config, groups, DTYPES[config.training.precision]).eval()
     with torch.no_grad():
-        for name, param in model.named_parameters():
+        for name, param, shard in named_shards(model, groups):
             if name.endswith("bias") or "norm" in name:
                 generator = torch.Generator().manual_seed(len(name))
-                noise = torch.randn(2 * param.numel(), generator=generator)[: param.numel()]
-                param += 0.3 * noise.view(param.shape).to(param)
+                noise = torch.randn(shard.global_shape, generator=generator)
+                param += 0.3 * noise[shard.index].to(param)
     for _, rule in named_rules(model.routed_blocks()):
         for name in ("threshold", "bias"):
             if name in rule.state:
                 count = len(rule.state[name])
-                rule.state[name] = torch.linspace(-0.3, 0.3, count, dtype=torch.float64).exp() - 1
-    return model, groups
+                rule.state[name] = torch.linspace(-0.3, 0.3, count, dtype=torch.float64)
+    return model
 
 
 def save(model: LanguageModel, groups: ParallelGroups, config: RunConfig) -> None:
@@ -60,12 +64,13 @@ def save(model: LanguageModel, groups: ParallelGroups, config: RunConfig) -> Non
     save_checkpoint(Path(config.run_dir, "checkpoints"), STEP, pieces, state, groups.world, None)
 
 
-def logits(model: LanguageModel, config: RunConfig, *, all_experts: bool = False) -> Tensor:
-    with torch.no_grad():
-        if all_experts:
-            with model.all_experts():
-                found = model(random_tokens(config))
-        else:
-            found = model(random_tokens(config))
+@torch.no_grad()
+def logits(model: LanguageModel, config: RunConfig, *, all_experts: bool) -> Tensor:
+    tokens_BS = random_tokens(config)
+    if all_experts:
+        with model.all_experts():
+            found = model(tokens_BS)
+    else:
+        found = model(tokens_BS)
     assert isinstance(found, Tensor)
     return found

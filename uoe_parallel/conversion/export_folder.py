@@ -57,8 +57,6 @@ def write_model(
     config: Mapping[str, Any],
     tensors: Sequence[ExportedTensor],
     code: Sequence[Path] = (),
-    *,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """Write the new folder `out`: `tensors`, config.json of `config` and what all models have in
     common, the tokenizer, and copies of the files in `code`. Raises UserError."""
@@ -71,7 +69,7 @@ def write_model(
         for file in code:
             shutil.copyfile(file, folder / file.name)
         has_tokenizer = write_tokenizer(folder, source)
-        files = _write_weights(folder, tensors, shard_bytes)
+        files = _write_weights(folder, tensors)
     return Exported(
         step=source.reader.step,
         elements=sum(prod(tensor.shape) for tensor in tensors),
@@ -81,9 +79,9 @@ def write_model(
     )
 
 
-def _write_weights(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes: int) -> int:
+def _write_weights(folder: Path, tensors: Sequence[ExportedTensor]) -> int:
     """Returns how many files they fill."""
-    shards = list(_cut(tensors, shard_bytes))
+    shards = list(_cut(tensors))
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
@@ -101,11 +99,11 @@ def _write_weights(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes:
     return count
 
 
-def _cut(tensors: Sequence[ExportedTensor], shard_bytes: int) -> Iterator[list[ExportedTensor]]:
+def _cut(tensors: Sequence[ExportedTensor]) -> Iterator[list[ExportedTensor]]:
     shard: list[ExportedTensor] = []
     size = 0
     for tensor in tensors:
-        if shard and size + tensor.bytes > shard_bytes:
+        if shard and size + tensor.bytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
         shard.append(tensor)

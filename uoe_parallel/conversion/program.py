@@ -44,7 +44,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_arguments in SUBCOMMANDS:
         add_arguments(commands)
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides in one place only, and intermixes them with options only where there
+    # are no subcommands.
+    if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
+        parser.parse_args(arguments)
+    else:
+        options.overrides += rest
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

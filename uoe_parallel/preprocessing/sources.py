@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -98,8 +99,8 @@ class SpanReader:
         if span.file.format == "jsonl":
             return _entries(self._json_lines(), self._text_of_json)
         if reading.separator is not None:
-            return _entries(self._separated(reading.separator.encode()), _decoded)
-        return _entries(self._whole_file(), _decoded)
+            return _entries(self._separated(reading.separator.encode()), _unmarked)
+        return _entries(self._whole_file(), _unmarked)
 
     def _counted(self, cells: Iterable[Raw]) -> Iterator[tuple[int, Raw]]:
         for cell in cells:
@@ -112,7 +113,7 @@ class SpanReader:
                 return
             # Programs that end a file with an empty line are many.
             if not line.isspace():
-                yield self.lines, line
+                yield self.lines, line.rstrip()
 
     def _whole_file(self) -> Iterator[tuple[int, bytes]]:
         yield 1, b"".join(line for line, _ in self._lines())
@@ -159,7 +160,7 @@ class SpanReader:
     def _text_of_json(self, line: bytes) -> str:
         field = self._reading.field
         try:
-            value = json.loads(_decoded(line))
+            value = json.loads(_unmarked(line))
         except json.JSONDecodeError as error:
             raise _Bad(f"no JSON: {error.msg} at column {error.colno}") from error
         except (ValueError, RecursionError) as error:
@@ -202,12 +203,16 @@ def _open(span: Span) -> BinaryIO:
 
 
 def _decoded(text: bytes) -> str:
-    """UTF-8 without the mark that some editors begin it with."""
     try:
-        return text.decode("utf-8-sig")
+        return text.decode()
     except UnicodeDecodeError as error:
         byte = text[error.start]
         raise _Bad(f"no UTF-8: byte {error.start + 1} is 0x{byte:02x}") from error
+
+
+def _unmarked(text: bytes) -> str:
+    """UTF-8, without the mark of it that some programs begin a file with."""
+    return _decoded(text.removeprefix(codecs.BOM_UTF8))
 
 
 def _check_characters(text: str) -> None:
