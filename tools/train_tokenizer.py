@@ -1,6 +1,6 @@
 """Learn a byte-level BPE from text, for data.tokenizer.
 
-    python tools/train_tokenizer.py SOURCE... --out FILE.json [--vocab-size 32768]
+    python tools/train_tokenizer.py SOURCE... --output FILE.json [--vocab-size 32768]
 
 --help tells everything; docs/data.md shows the way from text to training.
 """

@@ -275,7 +275,36 @@ BROKEN = [
         {"training__validate_every": 10},
         (
             "training.validate_every = 10 asks for validation passes, and data.validation is not "
-            "given; give data.validation, or use 0"
+            "given; give data.validation or data.split, or use 0"
+        ),
+    ),
+    (
+        {"training__validate_every": 10, "data__split": (9.0, 0.0, 1.0)},
+        (
+            "training.validate_every = 10 asks for validation passes, and data.split has no part "
+            "for them; give its second part a size above 0, or use 0"
+        ),
+    ),
+    (
+        {"data__split": (9.0, 0.5, 0.5), "data__test": "b"},
+        (
+            "data.split = [9.0, 0.5, 0.5] cuts data.train, and data.test names other corpora; keep "
+            "one of them"
+        ),
+    ),
+    (
+        {"data__split": (0.0, 1.0, 0.0)},
+        (
+            "data.split = [0.0, 1.0, 0.0] leaves nothing to train on; give the first part a size "
+            "above 0"
+        ),
+    ),
+    ({"data__train": []}, "data.train = [] names no corpus; give at least one {prefix, weight}"),
+    (
+        {"data__validation": []},
+        (
+            "data.validation = [] names no corpus; give at least one {prefix, weight}, or leave it "
+            "out"
         ),
     ),
     (
@@ -385,6 +414,8 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"replicas__on_mismatch": "repair", "replicas__check_every": 1, "checkpoint__every": 9},
         {"model__task": "classification", "model__num_classes": 2},
         {"model__task": "masked_token", "data__reset_at_documents": True},
+        {"data__split": (9.0, 1.0, 0.0), "training__validate_every": 10},
+        {"data__train": [{"prefix": "a", "weight": 3.0}, {"prefix": "b", "weight": 1.0}]},
     ],
 )
 def test_what_just_holds_is_no_fault(changes: dict[str, Any]) -> None:

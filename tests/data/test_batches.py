@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from uoe_parallel.data.batches import (
     MicroBatch,
     batch_rows,
-    epoch_permutation,
     evaluation_batches,
-    random_stream,
-    sample_numbers,
     step_batches,
     token_range,
 )
+from uoe_parallel.data.draws import Draws, epoch_permutation, random_stream
 from uoe_parallel.data.examples import NextTokens
 
 
@@ -64,15 +62,13 @@ def test_order_depends_on_seed_and_epoch() -> None:
 def test_order_is_the_recorded_one() -> None:
     """A changed order would silently break the exact resume of runs made before the change."""
     assert epoch_permutation(8, 1234, 0).tolist() == [0, 2, 7, 6, 1, 4, 3, 5]
-    assert sample_numbers(8, 3, seed=1234, global_batch_size=3).tolist() == [2, 3, 4]
+    assert Draws([8]).of_step(3, seed=1234, global_batch_size=3).tolist() == [2, 3, 4]
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 10))
 def test_steps_walk_through_the_endless_sequence(count: int, size: int, seed: int) -> None:
-    steps = 4
-    walked = [
-        sample_numbers(count, step, seed=seed, global_batch_size=size) for step in range(steps)
-    ]
+    steps, draws = 4, Draws([count])
+    walked = [draws.of_step(step, seed=seed, global_batch_size=size) for step in range(steps)]
     epochs = range(steps * size // count + 1)
     endless = np.concatenate([epoch_permutation(count, seed, epoch) for epoch in epochs])
     assert np.concatenate(walked).tolist() == endless[: steps * size].tolist()
@@ -96,7 +92,7 @@ def test_global_batch_is_the_same_under_every_layout(micro: int, data_size: int)
         ]
         assert {len(batches) for batches in ranks} == {size // (micro * data_size)}
         in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
-        expected = sample_numbers(17, step, seed=5, global_batch_size=size)
+        expected = dataset.draws.of_step(step, seed=5, global_batch_size=size)
         assert drawn(in_order) == expected.tolist()
 
 
@@ -105,7 +101,7 @@ def test_rows_of_a_rank_name_its_sequences_of_the_global_batch(
     micro: int, data_size: int, count: int
 ) -> None:
     dataset, size, step = examples(100), micro * data_size * count, 3
-    numbers = sample_numbers(100, step, seed=5, global_batch_size=size)
+    numbers = dataset.draws.of_step(step, seed=5, global_batch_size=size)
     held: list[int] = []
     for rank in range(data_size):
         rows = batch_rows(size, micro_batch_size=micro, data_rank=rank, data_size=data_size)

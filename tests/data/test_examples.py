@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from tests.tiny import tiny_config, write_corpus
-from uoe_parallel.data.batches import MicroBatch, evaluation_batches, random_stream, step_batches
+from uoe_parallel.data.batches import MicroBatch, evaluation_batches, step_batches
+from uoe_parallel.data.draws import random_stream
 from uoe_parallel.data.examples import MaskedTokens, NextTokens, open_examples
 from uoe_parallel.data.tokenizer import ByteTokenizer
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from uoe_parallel.data.batches import random_stream
+from uoe_parallel.data.draws import random_stream
 from uoe_parallel.data.labelled import LabelledDocuments, labels_path, write_labelled_documents
 from uoe_parallel.data.token_pair import Share
 from uoe_parallel.errors import UserError

@@ -22,7 +22,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def learn(source: Path, out: Path, *options: str) -> int:
-    return main([str(source), "--out", str(out), "--vocab-size", "300", *options])
+    return main([str(source), "--output", str(out), "--vocab-size", "300", *options])
 
 
 def test_the_file_is_a_tokenizer_that_gives_text_back(
@@ -78,8 +78,8 @@ def test_bad_lines_stop_or_are_counted(
     [
         (["--vocab-size", "256"], "--vocab-size 256 does not hold"),
         (["--min-frequency", "0"], "--min-frequency 0 is below 1"),
-        (["--out", "bpe.model"], "use .json"),
-        (["--out", "text.json"], "is there already"),
+        (["--output", "bpe.model"], "use .json"),
+        (["--output", "text.json"], "is there already"),
     ],
 )
 def test_mistakes_are_told_before_text_is_read(

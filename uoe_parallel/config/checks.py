@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from uoe_parallel.config.data_checks import (
+    blends_have_corpora,
+    splits_are_of_training_data,
+    validation_has_data,
+)
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
 from uoe_parallel.config.routing_checks import (
@@ -201,14 +206,6 @@ def betas_in_range(config: RunConfig) -> Iterator[Fault]:
         yield Fault(("training.betas",), betas, problem, "use numbers such as [0.9, 0.95]")
 
 
-def validation_has_data(config: RunConfig) -> Iterator[Fault]:
-    every = config.training.validate_every
-    if every and config.data.validation is None:
-        fields = ("training.validate_every", "data.validation")
-        problem = "asks for validation passes, and data.validation is not given"
-        yield Fault(fields, every, problem, "give data.validation, or use 0")
-
-
 def classes_suit_task(config: RunConfig) -> Iterator[Fault]:
     task, classes = config.model.task, config.model.num_classes
     fields = ("model.num_classes", "model.task")
@@ -361,6 +358,8 @@ RULES: tuple[Rule, ...] = (
     profiled_steps_are_taken,
     products_suit_precision,
     betas_in_range,
+    blends_have_corpora,
+    splits_are_of_training_data,
     validation_has_data,
     classes_suit_task,
     classified_documents_are_apart,

@@ -1,10 +1,10 @@
 """Which examples a step trains on, and this data rank's share of them.
 
-Training draws from an endless sequence of epochs, each a permutation of the examples that
-depends on (seed, epoch) alone. Step t takes the t-th run of `global_batch_size` of that sequence
-whatever the layout, the length of the run or where it was resumed, so that the step number is all
-there is to save about the position in the data. What is drawn for an example, such as the tokens
-to mask, comes from a stream that depends on (seed, step, row of the global batch) alone.
+Step t takes the t-th run of `global_batch_size` of the endless sequence that `draws.py` makes of
+the examples, whatever the layout, the length of the run or where it was resumed, so that the step
+number is all there is to save about the position in the data. What is drawn for an example, such
+as the tokens to mask, comes from a stream that depends on (seed, step, row of the global batch)
+alone.
 
 Shape suffixes: b sequences of a micro-batch, s tokens of a sequence.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.random import BitGenerator
 from numpy.typing import NDArray
 
 from uoe_parallel.config.schema import Task
+from uoe_parallel.data.draws import Draws, random_stream
 
 _EVALUATION_SEED = 0
 """Not the run's: runs that differ in their seed alone are evaluated alike."""
@@ -52,8 +52,13 @@ class Examples(Protocol):
     """A fixed list of examples of a task."""
 
     @property
-    def fingerprint(self) -> list[int]:
-        """Differs, as good as always, between lists that differ."""
+    def fingerprint(self) -> Sequence[object]:
+        """Differs, as good as always, between lists that differ. Of JSON's types."""
+        ...
+
+    @property
+    def draws(self) -> Draws:
+        """In which order they are taken."""
         ...
 
     def __len__(self) -> int: ...
@@ -84,7 +89,7 @@ def step_batches(
     union over data ranks is the same for every `data_size`, and micro-batch i of all ranks
     together is the same for every way to write the same product of the two.
     """
-    numbers = sample_numbers(len(examples), step, seed=seed, global_batch_size=global_batch_size)
+    numbers = examples.draws.of_step(step, seed=seed, global_batch_size=global_batch_size)
     rows = batch_rows(
         global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -121,19 +126,20 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """This data rank's share of `num_sequences` examples, or of all if there are fewer.
 
-    They are spread evenly over the list: the first windows of a text would be one document or two.
+    They are spread over the list as `Draws.spread` says.
 
     Every rank yields the same number of micro-batches of the same shape, so that all of them
     enter the same collectives; rows beyond the last example are padding.
     """
-    total = min(num_sequences, len(examples))
+    numbers = examples.draws.spread(num_sequences).tolist()
+    total = len(numbers)
     assert total > 0
     stride = micro_batch_size * data_size
     for start in range(0, total, stride):
         first = start + data_rank * micro_batch_size
         share = range(first, max(first, min(first + micro_batch_size, total)))
         batch = examples.micro_batch(
-            [row * len(examples) // total for row in share],
+            numbers[share.start : share.stop],
             [random_stream(_EVALUATION_SEED, row) for row in share],
             micro_batch_size,
         )
@@ -154,34 +160,3 @@ def token_range(micro_batches: Iterable[MicroBatch], task: Task) -> tuple[int, i
     }[task]
     ids = torch.cat([read(batch).flatten() for batch in micro_batches])
     return int(ids.min()), int(ids.max())
-
-
-def sample_numbers(
-    num_samples: int, step: int, *, seed: int, global_batch_size: int
-) -> NDArray[np.int64]:
-    """Numbers of the examples of `step` (from 0): int64 [global_batch_size]."""
-    positions = step * global_batch_size + np.arange(global_batch_size)
-    epochs, offsets = np.divmod(positions, num_samples)
-    numbers = np.empty(global_batch_size, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        numbers[here] = epoch_permutation(num_samples, seed, int(epoch))[offsets[here]]
-    return numbers
-
-
-@lru_cache(maxsize=2)
-def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of epoch `epoch` (from 0): int64 [num_samples], read-only, each number once.
-
-    Sorting raw random words instead of shuffling: numpy promises that a bit generator's stream
-    stays the same between its versions, but not what its shuffles make of it.
-    """
-    words = random_stream(seed, epoch).random_raw(num_samples)
-    order = np.argsort(words, kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
-
-
-def random_stream(seed: int, *place: int) -> BitGenerator:
-    """Random words that depend on the seed and the place they are for, and on nothing else."""
-    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))

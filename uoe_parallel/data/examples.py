@@ -17,7 +17,9 @@ from torch import Tensor
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import Examples, MicroBatch
 from uoe_parallel.data.dataset import TokenWindows
+from uoe_parallel.data.draws import Draws
 from uoe_parallel.data.labelled import LabelledDocuments
+from uoe_parallel.data.token_pair import WHOLE, Share
 from uoe_parallel.data.tokenizer import Tokenizer, num_model_ids
 
 SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
@@ -46,6 +48,7 @@ class _Windows:
     def __init__(self, windows: WindowDataset, *, eod: int, separate_documents: bool) -> None:
         """`eod` is the id that ends a document."""
         self._windows = windows
+        self.draws = Draws([len(windows)])
         self._eod = eod
         self._separate = separate_documents
 
@@ -122,16 +125,18 @@ class MaskedTokens(_Windows):
         return np.where(chosen_s, shown_s, text_s), chosen_s
 
 
-def open_examples(prefix: str, config: RunConfig, tokenizer: Tokenizer) -> Examples:
-    """The examples of the config's task in the data at `prefix`.
+def open_examples(
+    prefix: str, config: RunConfig, tokenizer: Tokenizer, share: Share = WHOLE
+) -> Examples:
+    """The examples of the config's task in a share of the data at `prefix`.
 
     Raises UserError if the data can't be read or is not of this task.
     """
     model, separate = config.model, config.data.reset_at_documents
     if model.task == "classification":
         assert model.num_classes is not None
-        return LabelledDocuments(prefix, model.sequence_length, model.num_classes)
-    windows = TokenWindows(prefix, model.sequence_length)
+        return LabelledDocuments(prefix, model.sequence_length, model.num_classes, share)
+    windows = TokenWindows(prefix, model.sequence_length, share)
     if model.task == "next_token":
         return NextTokens(windows, eod=tokenizer.eod, separate_documents=separate)
     return MaskedTokens(

@@ -18,6 +18,7 @@ from numpy.random import BitGenerator
 from numpy.typing import NDArray
 
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.data.draws import Draws
 from uoe_parallel.data.token_pair import WHOLE, Share, TokenPair
 from uoe_parallel.errors import UserError
 
@@ -56,6 +57,7 @@ class LabelledDocuments:
         self._check_lengths()
         self._check_labels(num_classes)
         self._labels = self._labels[documents.start : documents.stop]
+        self.draws = Draws([len(self)])
 
     @property
     def fingerprint(self) -> list[int]:

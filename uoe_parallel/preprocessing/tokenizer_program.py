@@ -16,8 +16,8 @@ from rich.table import Table
 from uoe_parallel.data.tokenizer import build_tokenizer
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 from uoe_parallel.preprocessing.bpe import SMALLEST_VOCABULARY, refuse_existing, save_new, train_bpe
+from uoe_parallel.preprocessing.program import add_reading_arguments, reading_of
 from uoe_parallel.preprocessing.sources import read_texts
-from uoe_parallel.preprocessing.spans import FORMATS, Reading
 
 _SAMPLE_BYTES = 2**20
 """Text that is encoded at the end to tell how long tokens are."""
@@ -26,13 +26,15 @@ _SHOWN_BAD_LINES = 5
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train_tokenizer",
+        prog="train_tokenizer.py",
         description="Learns a byte-level BPE from documents and writes a Hugging Face tokenizers "
         "file. The same documents give the same file. Reading a part of a large corpus is enough: "
         "every different word is held in memory.",
     )
-    parser.add_argument("sources", nargs="+", help="files, folders and patterns of documents")
-    parser.add_argument("--out", type=Path, required=True, help="the .json file to write")
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="the file to write"
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -45,15 +47,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=2,
         help="how often a pair must occur to become a token (default: %(default)s)",
-    )
-    parser.add_argument("--format", choices=FORMATS, help="of all files; by their endings if not")
-    parser.add_argument(
-        "--field",
-        default="text",
-        help="of JSON objects, or the column of tables, that has the text (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--separator", help="the line between documents of a text file; else each is one document"
     )
     parser.add_argument(
         "--bad-lines",
@@ -71,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _learn(options, console)
     except UserError as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr, flush=True)
+        print(f"train_tokenizer.py: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     return 0
 
@@ -103,7 +96,7 @@ class _Told:
 
 def _learn(options: argparse.Namespace, console: Console) -> None:
     _check(options)
-    reading = Reading(options.format, options.field, options.separator)
+    reading = reading_of(options)
     told = _Told()
     on_bad = _stop if options.bad_lines == "stop" else told.skip
     with Progress(
@@ -127,7 +120,7 @@ def _learn(options: argparse.Namespace, console: Console) -> None:
         tokenizer = train_bpe(texts(), options.vocab_size, options.min_frequency)
     if told.documents == 0:
         raise UserError(f"{', '.join(options.sources)}: no document to learn from; name others")
-    save_new(tokenizer, options.out)
+    save_new(tokenizer, options.output)
     for bad_line in told.bad_lines:
         console.out(f"left out: {bad_line}")
     console.print(_result(options, told))
@@ -142,9 +135,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.min_frequency < 1:
         raise UserError(f"--min-frequency {options.min_frequency} is below 1; use 1 or more")
-    if options.out.suffix != ".json":
-        raise UserError(f"--out {options.out}: data.tokenizer knows it by its ending; use .json")
-    refuse_existing(options.out)
+    if options.output.suffix != ".json":
+        raise UserError(
+            f"--output {options.output}: data.tokenizer knows it by its ending; use .json"
+        )
+    refuse_existing(options.output)
 
 
 def _stop(bad_line: str) -> NoReturn:
@@ -152,7 +147,7 @@ def _stop(bad_line: str) -> NoReturn:
 
 
 def _result(options: argparse.Namespace, told: _Told) -> Table:
-    tokenizer = build_tokenizer(str(options.out))
+    tokenizer = build_tokenizer(str(options.output))
     sample_bytes = sum(len(text.encode()) for text in told.sample)
     sample_tokens = sum(len(tokenizer.encode(text)) for text in told.sample)
     rows = {
@@ -164,7 +159,7 @@ def _result(options: argparse.Namespace, told: _Told) -> Table:
         "bytes",
         "fingerprint": tokenizer.fingerprint,
     }
-    table = Table(title=str(options.out), title_justify="left", box=None, show_header=False)
+    table = Table(title=str(options.output), title_justify="left", box=None, show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
