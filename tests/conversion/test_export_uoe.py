@@ -23,6 +23,8 @@ from uoe_parallel.conversion.export_uoe import _rounded_down, export
 from uoe_parallel.data.tokenizer import ByteTokenizer
 from uoe_parallel.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("own_caches")
+
 GPT_2 = {"norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh"}
 MODES: list[dict[str, Any]] = [{}, {"keys_and_values": "all"}, {"routed_layers": [1]}]
 CASES: dict[str, dict[str, Any]] = {
@@ -74,13 +76,6 @@ def save_cases(ranks: Ranks, folder: Path, cases: Collection[str]) -> dict[str, 
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     return save_cases(ranks, tmp_path_factory.mktemp("saved"), FEW)
-
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that comes with a model is copied to where this process imports it from."""
-    for module in (transformers().utils.hub, transformers().dynamic_module_utils):
-        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @pytest.mark.parametrize("case", FEW)
