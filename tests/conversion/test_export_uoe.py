@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no biases, untied": {"model": {"bias": False, "tie_embeddings": False, "activation": "gelu"}},
     "dense": {"attention": {"routed_layers": "none"}, "feed_forward": {"routed_layers": []}},
     "warm-up": {"feed_forward": {"selection": "threshold"}},
+    "ties": {"model": {"router_init_std": 1e-320}},
 }
 FEW = (
     "patches with capacity",
@@ -45,6 +46,7 @@ FEW = (
     "softmax of chosen",
     "GPT-2's parts",
     "no biases, untied",
+    "ties",
 )
 STEPWISE = ("patches with capacity", "segments, then patches", "GPT-2's parts")
 PADDING = [0, 3, 7, 12]
