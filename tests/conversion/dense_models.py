@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.conversion.hugging_face import transformers
 
 VOCABULARY = 257
 """Of bytes."""
@@ -17,19 +20,18 @@ CONTEXT = 32
 def dense_model(kind: str, **fields: Any) -> Any:
     """A causal model of transformers with random weights, biases and norms too. Raises KeyError for
     an unknown kind."""
-    import transformers
-
+    library = transformers()
     ends = {"bos_token_id": None, "eos_token_id": None}
     fields = {"vocab_size": VOCABULARY, **fields}
     if kind == "gpt2":
         small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": CONTEXT}
-        config = transformers.GPT2Config(**{**small, **ends, **fields})
-        model = transformers.GPT2LMHeadModel(config)
+        config = library.GPT2Config(**{**small, **ends, **fields})
+        model = library.GPT2LMHeadModel(config)
     else:
-        configs = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}
+        configs = {"llama": library.LlamaConfig, "mistral": library.MistralConfig}
         classes = {
-            "llama": transformers.LlamaForCausalLM,
-            "mistral": transformers.MistralForCausalLM,
+            "llama": library.LlamaForCausalLM,
+            "mistral": library.MistralForCausalLM,
         }
         small = {
             "hidden_size": 32,
@@ -49,10 +51,20 @@ def dense_model(kind: str, **fields: Any) -> Any:
     return model.eval()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model only waits for more of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train(model: Any, text: str, steps: int) -> None:
     """On the bytes of `text`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only waits for more of them
     ids = torch.tensor(list(text.encode()))
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -62,7 +74,6 @@ def train(model: Any, text: str, steps: int) -> None:
         optimizer.zero_grad()
         model(tokens_BS, labels=tokens_BS).loss.backward()
         optimizer.step()
-    torch.set_num_threads(threads)
 
 
 def save(model: Any, folder: Path, *, shard_size: str = "1GB") -> Path:
@@ -70,6 +81,7 @@ def save(model: Any, folder: Path, *, shard_size: str = "1GB") -> Path:
     return folder
 
 
+@_one_thread()
 @torch.no_grad()
 def logits(model: Any, tokens_BS: Tensor) -> Tensor:
     """fp64 as far as transformers goes, whose norms and angles are fp32: [B, S, V]."""
@@ -78,9 +90,3 @@ def logits(model: Any, tokens_BS: Tensor) -> Tensor:
 
 def random_tokens(batch: int = 3, length: int = CONTEXT) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    """Put fields into the config.json of a saved model."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

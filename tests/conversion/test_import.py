@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.conversion import dense_models
+from tests.conversion.hugging_face import load
 from tests.harness import Ranks
 from tests.programs import Outcome
 from uoe_parallel.checkpoint import locate_checkpoint
+from uoe_parallel.conversion.export_dense import merge
 from uoe_parallel.conversion.program import main
 from uoe_parallel.inference.opening import opened, saved_config
 
@@ -33,13 +35,13 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         },
         True,
     ),
-    "mistral": ("mistral", {"sliding_window": None}, True),
     "gpt2": ("gpt2", {}, False),
     "gpt2, gelu, own head": (
         "gpt2",
         {"activation_function": "gelu", "tie_word_embeddings": False},
         True,
     ),
+    "mistral": ("mistral", {"sliding_window": None}, True),
 }
 """Which model, what of it, and whether neurons move and routers are fitted."""
 
@@ -58,7 +60,13 @@ def all_on(run: str, tokens_BS: Tensor, overrides: list[str]) -> Tensor:
         return model.logits(tokens_BS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *list(CASES)[:3],
+        *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[3:]),
+    ],
+)
 def test_all_experts_compute_the_dense_model(ranks: Ranks, tmp_path: Path, case: str) -> None:
     kind, fields, studies = CASES[case]
     model = dense_models.dense_model(kind, **fields)
@@ -80,6 +88,12 @@ def test_all_experts_compute_the_dense_model(ranks: Ranks, tmp_path: Path, case:
         for found in ranks(2 if layout else 1).run(all_on, str(run), tokens_BS, layout):
             difference = (found - expected).abs().max() / expected.abs().max()
             assert difference < 1e-5, (layout, difference)
+    if not studies:
+        merge(run, tmp_path / "merged", None)
+        back = load(tmp_path / "merged").state_dict()
+        original = load(source).state_dict()
+        assert back.keys() == original.keys()
+        assert all(torch.equal(back[name], value) for name, value in original.items())
 
 
 def test_text_chooses_better_experts_than_chance(ranks: Ranks, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.harness import Ranks
 from tests.inference.cases import TEXT, open_tiny
 from tests.tiny import USED_VOCAB_SIZE
 from uoe_parallel.errors import UserError
-from uoe_parallel.inference.evaluation import TextScore, evaluate_texts, read_text
+from uoe_parallel.inference.evaluation import TextScore, evaluate_texts, read_ids
 
 
 def test_units_are_those_of_the_same_likelihood() -> None:
@@ -64,7 +64,7 @@ def test_text_is_scored_as_by_hand(ranks: Ranks, resets: bool, all_experts: bool
 
 def _stride(stride: int) -> tuple[list[int], list[float]]:
     opened = open_tiny()
-    reading = read_text(opened, TEXT, window=16, stride=stride)
+    reading = read_ids(opened, opened.tokenizer.encode(TEXT), window=16, stride=stride)
     texts = {"a": TEXT, "b": TEXT[::-1]}
     scored = evaluate_texts(opened, texts, window=16, stride=stride, batch_size=3)
     return [w.scored for w in reading.windows], [s.nats for s in scored.values()]

@@ -13,6 +13,8 @@ from tests.tiny import USED_VOCAB_SIZE
 from uoe_parallel.inference.scoring import Window, score, sliding_windows
 
 LENGTHS = [17, 9, 5, 12, 2]
+MORE = ("tensor", "pipeline")
+"""Layouts that fast tests of the program have too."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
     "data": {},
@@ -66,16 +68,18 @@ def _reference() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(nats), torch.stack(greedy)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_scores_are_those_of_each_window_alone(ranks: Ranks, batch_size: int) -> None:
+def test_scores_are_those_of_each_window_alone(ranks: Ranks) -> None:
     [(nats, greedy)] = ranks(1).run(_reference)
-    [(got_nats, got_greedy, advanced)] = ranks(1).run(_score, {}, batch_size)
+    [(got_nats, got_greedy, advanced)] = ranks(1).run(_score, {}, 3)
     torch.testing.assert_close(got_nats, nats, rtol=0, atol=1e-9)
     assert torch.equal(got_greedy, greedy)
     assert advanced == len(LENGTHS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["data", "wide experts", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)],
+)
 def test_no_layout_shows(ranks: Ranks, layout: str) -> None:
     [(expected, _, _)] = ranks(1).run(_score, {}, 2)
     for nats, _, advanced in ranks(2).run(_score, LAYOUTS[layout], 1):

@@ -29,9 +29,10 @@ from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import pick_backend
 from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.builder import LayerBuilder
 from uoe_parallel.model.embedding import Embedding
 from uoe_parallel.model.heads import VocabularyHead
-from uoe_parallel.model.language_model import LayerBuilder, TransformerBlock
+from uoe_parallel.model.language_model import TransformerBlock
 from uoe_parallel.model.norm import Norm
 from uoe_parallel.parallel.groups import ParallelGroups
 

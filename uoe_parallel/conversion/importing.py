@@ -20,6 +20,7 @@ from uoe_parallel.conversion.import_source import DenseSource
 from uoe_parallel.conversion.import_text import Losses, Routers, Slices
 from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
 from uoe_parallel.errors import UserError
+from uoe_parallel.inference.same_tokenizer import STATE_KEY
 from uoe_parallel.parallel.groups import ParallelGroups, distributed, start_groups
 from uoe_parallel.parallel.layout import ParallelLayout
 
@@ -99,7 +100,10 @@ def import_on(
         layers = LayerImport(architecture, config, vocabulary, groups, device, source.dtype())
         with progress(config.model.num_layers) as advance:
             parts = layers.parts(request.slices, request.routers, sample, advance)
-            state = {"config": config.model_dump(mode="json")}
+            state = {
+                "config": config.model_dump(mode="json"),
+                STATE_KEY: tokenizer.fingerprint,
+            }
             checkpoint = save_in_parts(root, 0, parts, state)
         save_config(config, request.run_dir / "config.yaml")
     except OSError as error:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uoe_parallel.errors import UserError
 from uoe_parallel.inference.opening import OpenedModel
@@ -95,17 +96,27 @@ class Reading:
     """Of the first token, where no window counts it."""
 
 
-def read_text(opened: OpenedModel, text: str, *, window: int, stride: int) -> Reading:
-    """The first token is predicted from the end of another document. A model that keeps documents
-    apart has never been asked to do so: to it, every id is as likely."""
-    ids = opened.tokenizer.encode(text)
-    if opened.config.data.reset_at_documents:
-        nats_ahead = math.log(opened.model.used_vocab_size) if len(ids) else 0.0
-        followed = ids
-    else:
-        nats_ahead = 0.0
-        followed = np.concatenate(([opened.tokenizer.eod], ids))
-    windows = list(sliding_windows(followed, 1, window=window, stride=stride))
+def read_ids(
+    opened: OpenedModel,
+    ids: NDArray[np.int64],
+    before: Sequence[int] = (),
+    *,
+    window: int,
+    stride: int,
+) -> Reading:
+    """What counts is `ids`, which follow those `before` in a document.
+
+    The first token of a document is predicted from the end of another one. A model that keeps
+    documents apart has never been asked to do so: to it, every id is as likely.
+    """
+    nats_ahead, before = 0.0, list(before)
+    if not before and not opened.config.data.reset_at_documents:
+        before = [opened.tokenizer.eod]
+    elif not before and len(ids) > 0:
+        nats_ahead = math.log(opened.model.used_vocab_size)
+    followed = np.concatenate((np.array(before, dtype=np.int64), ids))
+    first = max(len(before), 1)
+    windows = list(sliding_windows(followed, first, window=window, stride=stride))
     return Reading(windows, len(ids), nats_ahead)
 
 
@@ -131,7 +142,8 @@ def evaluate_texts(
     check_predicts_text(opened)
     window, stride = reading_window(opened, window, stride)
     readings = {
-        name: read_text(opened, text, window=window, stride=stride) for name, text in texts.items()
+        name: read_ids(opened, opened.tokenizer.encode(text), window=window, stride=stride)
+        for name, text in texts.items()
     }
     if empty := [name for name, reading in readings.items() if reading.tokens == 0]:
         raise UserError(f"{empty[0]} has no text; leave it out")

@@ -45,7 +45,9 @@ def generate(
     seeds: Sequence[int],
     batch_size: int = 8,
     all_experts: bool = False,
+    begins: bool = True,
     hear: Callable[[int, str], object] = lambda number, piece: None,
+    ends: Callable[[str], bool] | None = None,
 ) -> list[Continuation]:
     """What follows each prompt, up to the end of its document, the same on every rank. Collective
     over all ranks, which have the same prompts.
@@ -58,7 +60,7 @@ def generate(
     Raises UserError for a model that does not continue text, and for a prompt that it cannot.
     """
     check_predicts_text(opened)
-    ids = [_prompt_ids(opened, prompt) for prompt in prompts]
+    ids = [_prompt_ids(opened, prompt, begins) for prompt in prompts]
     texts = [_Text(opened.tokenizer.stream(), prompt_ids) for prompt_ids in ids]
 
     def give(number: int, piece: str) -> None:
@@ -66,9 +68,10 @@ def generate(
             texts[number].pieces.append(piece)
             hear(number, piece)
 
-    def ends(number: int, token: int) -> bool:
+    def is_last(number: int, token: int) -> bool:
         give(number, texts[number].stream.add(token))
-        return token == opened.tokenizer.eod
+        is_complete = ends is not None and ends("".join(texts[number].pieces))
+        return is_complete or token == opened.tokenizer.eod
 
     drawn: list[list[int]] = []
     dense = opened.model.all_experts() if all_experts else nullcontext()
@@ -83,7 +86,7 @@ def generate(
                 context=opened.config.model.sequence_length,
                 by_token=opened.model.decodes_by_token,
                 device=opened.device,
-                ends=lambda row, token, first=start: ends(first + row, token),
+                ends=lambda row, token, first=start: is_last(first + row, token),
             )
             for number in range(start, start + len(batch)):
                 give(number, texts[number].stream.end())
@@ -94,10 +97,12 @@ def generate(
     ]
 
 
-def _prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:
-    """The end of another document comes before the text, unless documents don't see each other."""
+def _prompt_ids(opened: OpenedModel, prompt: str, begins: bool) -> list[int]:
+    """Behind the end of another document where a text begins, unless documents don't see each
+    other."""
     ids = opened.tokenizer.encode(prompt).tolist()
-    if not opened.config.data.reset_at_documents:
+    resets = opened.config.data.reset_at_documents
+    if not resets and (begins or not ids):
         return [opened.tokenizer.eod, *ids]
     if not ids:
         raise UserError(

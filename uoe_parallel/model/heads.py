@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.slices import InitMethod
+from uoe_parallel.model.divergence import vocab_parallel_divergence
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.purposes import Purpose, labelled
 
@@ -92,6 +93,11 @@ class VocabularyHead(nn.Module):
         )
         return losses_SB.transpose(0, 1)
 
+    def divergences(self, logits_SBV: Tensor, teacher_SBV: Tensor, temperature: float) -> Tensor:
+        """KL of every token from a teacher's prediction, as `vocab_parallel_divergence`, [B, S]."""
+        divergences_SB = vocab_parallel_divergence(logits_SBV, teacher_SBV, temperature, self.group)
+        return divergences_SB.transpose(0, 1)
+
     @torch.no_grad()
     def correct(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Whether the label has the highest logit: bool [B, S], the same on every rank of the
@@ -155,6 +161,14 @@ class ClassHead(nn.Module):
     def losses(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
         """Cross entropy of every sequence, nats [B, 1]."""
         return F.cross_entropy(logits_BC, labels_B1.squeeze(1), reduction="none").unsqueeze(1)
+
+    def divergences(self, logits_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+        """KL of every sequence from a teacher's prediction, nats [B, 1]."""
+        student_BC, teacher_BC = (
+            F.log_softmax(x_BC / temperature, dim=-1) for x_BC in (logits_BC, teacher_BC)
+        )
+        divergences_BC = F.kl_div(student_BC, teacher_BC, reduction="none", log_target=True)
+        return divergences_BC.sum(1, keepdim=True)
 
     def correct(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
         """Whether the label has the highest logit: bool [B, 1]."""

@@ -22,6 +22,7 @@ from uoe_parallel.model.relay import relay, relay_to_all
 from uoe_parallel.parallel.deepspeed_groups import topology
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.purposes import during
+from uoe_parallel.training.distillation import compare, teaching
 from uoe_parallel.training.engine import TrainingEngine
 from uoe_parallel.training.timers import StepTimer
 
@@ -43,18 +44,31 @@ class PipelineTrainingEngine(TrainingEngine):
         """A micro-batch's part of the step's loss, on the last stage."""
         labels, mask = labels_and_mask
         with during("forward"):
-            loss_sum = (self.model.losses(logits, labels) * mask).sum()
-        self._loss_sum += loss_sum.detach()
-        return loss_sum * self._scale
+            teacher = next(self._teachers)
+            if teacher is None:
+                losses = self.model.losses(logits, labels).unsqueeze(0)
+            else:
+                temperature = self.config.distillation.temperature
+                losses = compare(self.model, logits, teacher, labels, temperature)
+            return self._minimized(losses, mask) * self._scale
 
     def _run(self, batches: list[MicroBatch], scale: float, timer: StepTimer) -> None:
         # DeepSpeed's pipeline divides by the number of micro-batches.
         self._scale = scale * len(batches)
         with timer.part("pipeline"):
+            self._teachers = iter([self._teacher(batch) for batch in batches])
             self.deepspeed.module.documents = iter([batch.documents for batch in batches])
             self.deepspeed.train_batch(
                 iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
             )
+
+    def _teacher(self, batch: MicroBatch) -> Tensor | None:
+        """Its logits on the last stage, which keeps them of all micro-batches of a step; None on
+        others, and without one."""
+        if self.config.distillation.weight == 0:
+            return None
+        with teaching(self.model), during("forward"):
+            return relay(self.model, batch.tokens, batch.documents)
 
     def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
         logits = relay(self.model, batch.tokens, batch.documents)

@@ -337,6 +337,7 @@ class Trainer:
             "loss": result.loss,
             **loss_of_text(self.config.model.task, result.loss),
             "gradient_norm": result.gradient_norm,
+            **result.distillation,
             "learning_rate": result.learning_rate,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "tokens": float(self.step * self.tokens_per_step),
