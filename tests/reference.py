@@ -27,21 +27,31 @@ def gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's."""
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
 def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def dense_mlp(x: Tensor, w: DenseMLPWeights) -> Tensor:
+def dense_mlp(x: Tensor, w: DenseMLPWeights, activation: str) -> Tensor:
     """act(x W1 + b1) W2 + b2."""
     hidden = linear(x, w.up_FD, w.up_bias_F)
-    if w.gate_FD is None:
+    if activation == "gelu":
         hidden = gelu(hidden)
+    elif activation == "gelu_tanh":
+        hidden = gelu_tanh(hidden)
     else:
+        assert activation == "swiglu" and w.gate_FD is not None
         hidden = silu(linear(x, w.gate_FD, w.gate_bias_F)) * hidden
     return linear(hidden, w.down_DF, w.output_bias_D)
 
 
-def mlp_expert(x: Tensor, w: DenseMLPWeights, expert: int, num_experts: int) -> Tensor:
+def mlp_expert(
+    x: Tensor, w: DenseMLPWeights, activation: str, expert: int, num_experts: int
+) -> Tensor:
     """E_i: the dense block of the i-th part of the hidden units, without the output bias."""
     width = w.up_FD.shape[0] // num_experts
     part = slice(expert * width, (expert + 1) * width)
@@ -52,10 +62,12 @@ def mlp_expert(x: Tensor, w: DenseMLPWeights, expert: int, num_experts: int) -> 
         up_bias_F=None if w.up_bias_F is None else w.up_bias_F[part],
         gate_bias_F=None if w.gate_bias_F is None else w.gate_bias_F[part],
     )
-    return dense_mlp(x, expert_weights)
+    return dense_mlp(x, expert_weights, activation)
 
 
-def routed_mlp(x: Tensor, mask: Tensor, gates: Tensor, w: DenseMLPWeights) -> Tensor:
+def routed_mlp(
+    x: Tensor, mask: Tensor, gates: Tensor, w: DenseMLPWeights, activation: str
+) -> Tensor:
     rows = []
     length, batch, num_experts = mask.shape
     for t in range(length):
@@ -63,7 +75,8 @@ def routed_mlp(x: Tensor, mask: Tensor, gates: Tensor, w: DenseMLPWeights) -> Te
             y = torch.zeros_like(x[t, b]) if w.output_bias_D is None else w.output_bias_D
             for i in range(num_experts):
                 if mask[t, b, i]:
-                    y = y + gates[t, b, i] * mlp_expert(x[t, b], w, i, num_experts)
+                    expert = mlp_expert(x[t, b], w, activation, i, num_experts)
+                    y = y + gates[t, b, i] * expert
             rows.append(y)
     return torch.stack(rows).view_as(x)
 
@@ -78,7 +91,7 @@ def rotary(x: Tensor, position: int, base: float) -> Tensor:
     return torch.cat((turned.real, turned.imag))
 
 
-def _places(ids: Tensor) -> list[int]:
+def places(ids: Tensor) -> list[int]:
     """Each token's place in its document, of the ids [S] of a sequence."""
     tokens = ids.tolist()
     return [t - tokens.index(document) for t, document in enumerate(tokens)]
@@ -96,10 +109,13 @@ def _head(x: Tensor, weight: Tensor, bias: Tensor | None, head: int, width: int)
     return linear(x, weight[rows], None if bias is None else bias[rows])
 
 
-def _turned(rows: Tensor, ids: Tensor, base: float) -> Tensor:
-    """Rows of every token of a sequence, each turned by its place in its document."""
-    places = _places(ids)
-    return torch.stack([rotary(row, places[t], base) for t, row in enumerate(rows)])
+def _turned(rows: Tensor, ids: Tensor, base: float | None) -> Tensor:
+    """Rows of every token of a sequence, each turned by its place in its document if positions are
+    rotary."""
+    if base is None:
+        return rows
+    turned = [rotary(row, place, base) for row, place in zip(rows, places(ids), strict=True)]
+    return torch.stack(turned)
 
 
 def dense_attention(
@@ -107,10 +123,11 @@ def dense_attention(
     ids: Tensor,
     w: DenseAttentionWeights,
     head_width: int,
-    base: float,
+    base: float | None,
     causal: bool,
 ) -> Tensor:
-    """Grouped-query attention within documents, with rotary positions. Padding gets the bias."""
+    """Grouped-query attention within documents, with rotary positions unless `base` is None.
+    Padding gets the bias."""
     length, batch, _ = x.shape
     num_heads, num_kv_heads = w.q_AD.shape[0] // head_width, w.k_CD.shape[0] // head_width
     sequences = []
@@ -138,12 +155,12 @@ def routed_attention(
     gates: Tensor,
     w: DenseAttentionWeights,
     head_width: int,
-    base: float,
+    base: float | None,
     causal: bool,
     all_keys: bool,
 ) -> Tensor:
     """Expert i's tokens attend to those of their document that it selected too, or to all, turned
-    by their own places."""
+    by their own places if positions are rotary."""
     length, batch, num_experts = mask.shape
     queries = w.q_AD.shape[0] // head_width // num_experts
     bias = torch.zeros_like(x[0, 0]) if w.output_bias_D is None else w.output_bias_D

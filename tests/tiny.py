@@ -13,6 +13,12 @@ from uoe_parallel.config.schema import RunConfig
 
 VOCAB_SIZE = 264
 USED_VOCAB_SIZE = 257
+GPT_2: dict[str, Any] = {
+    "norm": "layer_norm",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+}
+"""Fields of a model with GPT-2's parts."""
 
 
 def tiny_config(**sections: dict[str, Any] | str | int) -> RunConfig:

@@ -64,11 +64,11 @@ class MLPSpec:
 
     def dense(self, x: Tensor, ids: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseMLPWeights)
-        return reference.dense_mlp(x, w)
+        return reference.dense_mlp(x, w, self.activation)
 
     def routed(self, x: Tensor, ids: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseMLPWeights)
-        return reference.routed_mlp(x, mask, gates, w)
+        return reference.routed_mlp(x, mask, gates, w, self.activation)
 
     def build(
         self, groups: ParallelGroups, dtype: torch.dtype, backend: Backend
@@ -97,6 +97,7 @@ class AttentionSpec:
     head_width: int = 4
     causal: bool = True
     keys_and_values: Literal["selected", "all"] = "selected"
+    rope_base: float | None = ROPE_BASE
 
     @property
     def hidden_size(self) -> int:
@@ -118,11 +119,11 @@ class AttentionSpec:
 
     def dense(self, x: Tensor, ids: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseAttentionWeights)
-        return reference.dense_attention(x, ids, w, self.head_width, ROPE_BASE, self.causal)
+        return reference.dense_attention(x, ids, w, self.head_width, self.rope_base, self.causal)
 
     def routed(self, x: Tensor, ids: Tensor, mask: Tensor, gates: Tensor, w: Weights) -> Tensor:
         assert isinstance(w, DenseAttentionWeights)
-        how = (self.head_width, ROPE_BASE, self.causal, self.keys_and_values == "all")
+        how = (self.head_width, self.rope_base, self.causal, self.keys_and_values == "all")
         return reference.routed_attention(x, ids, mask, gates, w, *how)
 
     def build(
@@ -132,7 +133,7 @@ class AttentionSpec:
             self.hidden_size,
             self.num_experts * self.queries_per_expert,
             self.num_experts,
-            rope_base=ROPE_BASE,
+            rope_base=self.rope_base,
             causal=self.causal,
             keys_and_values=self.keys_and_values,
             bias=self.bias,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.analysis.memory import first_stage_memory, kept_bytes, predict, watched_steps
 from tests.harness import Ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import GPT_2, tiny_config, write_corpus
 from uoe_parallel.config.schema import RunConfig
 
 DENSE: dict[str, Any] = {"routed_layers": "none"}
@@ -43,6 +43,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "model": {"activation": "gelu"},
         },
     ),
+    "dense, GPT-2's parts": (
+        1,
+        {
+            "parallel": {"zero_stage": 0},
+            "feed_forward": DENSE,
+            "attention": DENSE,
+            "model": GPT_2,
+        },
+    ),
+    "GPT-2's parts": (1, {"parallel": {"zero_stage": 1}, "model": GPT_2}),
+    "tp2-sp, GPT-2's parts": (2, {"parallel": {"tensor": 2}, "model": GPT_2}),
     "dense selective": (
         1,
         {
@@ -167,7 +178,9 @@ def test_peak_is_that_of_a_real_step(ranks: Ranks, tmp_path: Path, name: str) ->
         assert 0.9 < max(ratios) < 1.1
 
 
-@pytest.mark.parametrize("name", ["dense", "dense gelu", "one", "queries", "bidirectional"])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense gelu", "one", "queries", "bidirectional", "GPT-2's parts"]
+)
 def test_kept_is_what_autograd_keeps(ranks: Ranks, tmp_path: Path, name: str) -> None:
     _, sections = CASES[name]
     ((saved, computed),) = ranks(1).run(kept_bytes, _config(tmp_path, sections))

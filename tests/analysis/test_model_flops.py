@@ -8,7 +8,7 @@ import pytest
 
 from tests.analysis.flop_cases import expected_flops, parameter_sizes, pass_of_a_model
 from tests.harness import Ranks
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import GPT_2, VOCAB_SIZE, tiny_config
 from uoe_parallel.analysis.flops import Computation, model_flops_per_token, parameter_counts
 from uoe_parallel.config.schema import RunConfig
 
@@ -100,6 +100,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {"bias": False, "tie_embeddings": False, "activation": "gelu", "num_kv_heads": 2},
         "attention": ALL_KEYS | {"routed_layers": [1], "top_k": 1},
     },
+    "GPT-2's parts": {"model": GPT_2},
     "shared": {
         "feed_forward": {"shared_experts": 1, "segment_length": 4, "segment_experts": 5},
         "attention": {"selection": None, "segment_length": 4, "segment_experts": 3},

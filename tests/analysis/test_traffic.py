@@ -11,7 +11,7 @@ import pytest
 
 from tests.analysis.cases import Purposes, RealStep, simulate, take_steps
 from tests.harness import Ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import GPT_2, tiny_config, write_corpus
 from uoe_parallel.analysis.observe import Observed
 from uoe_parallel.analysis.simulate import Simulation
 from uoe_parallel.config.schema import RunConfig
@@ -51,6 +51,32 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "parallel": {"tensor": 2, "zero_stage": 0, "sequence_parallel": False},
             "feed_forward": FIRST,
+        },
+    ),
+    "tp2-sp, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"tensor": 2, "zero_stage": 1},
+            "model": GPT_2,
+            "training": ONE_SEQUENCE | RECOMPUTE,
+        },
+    ),
+    "dp2-zero3, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"zero_stage": 3},
+            "model": GPT_2,
+            "feed_forward": FIRST,
+            "attention": DENSE,
+            "deepspeed": {"zero_optimization": NEVER_KEPT},
+        },
+    ),
+    "pp2-zero1, GPT-2's parts": (
+        2,
+        {
+            "parallel": {"pipeline": 2, "zero_stage": 1},
+            "model": GPT_2,
+            "data": {"reset_at_documents": True},
         },
     ),
     "tp2-sp dense": (

@@ -71,7 +71,7 @@ def against_the_reference(sizes: Sizes) -> dict[str, tuple[Tensor, Tensor]]:
         y_SBD = contender.run()
         gates_SBE = contender.gates().double().unflatten(0, y_SBD.shape[:2])
         x_SBD = problem.x_SBD.detach().double()
-        expected = reference.routed_mlp(x_SBD, gates_SBE != 0, gates_SBE, weights)
+        expected = reference.routed_mlp(x_SBD, gates_SBE != 0, gates_SBE, weights, "gelu")
         outcomes[contender.name] = (y_SBD, expected)
     return outcomes
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from uoe_parallel.checkpoint import (
     find_checkpoint,
     open_checkpoint,
     save_checkpoint,
+    save_in_parts,
     store,
 )
 from uoe_parallel.checkpoint.manifest import DTYPES
@@ -268,3 +270,25 @@ def test_box_outside_the_entry_is_a_bug(tmp_path: Path) -> None:
     for box in [((0, 0), (5, 6)), ((-1, 0), (1, 6)), ((0,), (4,))]:
         with pytest.raises(AssertionError, match=WEIGHT):
             found(tmp_path).read(WEIGHT, *box)
+
+
+def test_parts_become_files_that_are_written_one_by_one(tmp_path: Path) -> None:
+    def parts() -> Iterator[list[Piece]]:
+        for number in range(3):
+            assert len(list(tmp_path.rglob("*.safetensors"))) == number
+            yield [Piece.whole(f"part {number}", torch.full((2,), float(number)))]
+
+    saved = save_in_parts(tmp_path, 7, parts(), {"tokens": 1})
+    reader = open_checkpoint(tmp_path, 7, None)
+    assert (reader.path, reader.state) == (saved, {"tokens": 1})
+    assert [reader.read(f"part {number}")[0] for number in range(3)] == [0, 1, 2]
+
+
+def test_parts_that_cannot_be_made_leave_nothing(tmp_path: Path) -> None:
+    def parts() -> Iterator[list[Piece]]:
+        yield [Piece.whole("first", torch.zeros(2))]
+        raise UserError("the second cannot be read")
+
+    with pytest.raises(UserError, match="the second cannot be read"):
+        save_in_parts(tmp_path, 0, parts(), {})
+    assert names(tmp_path) == []

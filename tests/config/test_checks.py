@@ -67,6 +67,13 @@ BROKEN = [
         ),
     ),
     (
+        {"model__hidden_size": 50, "model__positions": "learned"},
+        (
+            "model.hidden_size = 50 is not a multiple of model.num_heads = 12; "
+            "use 48 or 60, or model.num_heads = 10"
+        ),
+    ),
+    (
         {"model__num_kv_heads": 8},
         "model.num_kv_heads = 8 does not divide model.num_heads = 12; use 6",
     ),

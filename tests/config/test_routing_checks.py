@@ -187,6 +187,20 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
             "remove it, or name a class in selection, gate or balance"
         ),
     ),
+    (
+        {"training__trains": "routers", "feed_forward__routed_layers": "none"},
+        (
+            'training.trains = "routers" leaves nothing to train, as no layer is routed; route '
+            'layers, or use "all"'
+        ),
+    ),
+    (
+        {"distillation__weight": 0.5},
+        (
+            "distillation.weight = 0.5 has the model learn from its own weights, which "
+            'training.trains = "all" moves; set training.trains to "routers", or use 0'
+        ),
+    ),
 ]
 
 
@@ -218,6 +232,7 @@ def test_a_broken_rule_names_field_value_and_mend(changes: dict[str, Any], expec
         {"feed_forward__gate": "softmax", "feed_forward__top_k": 1},
         {"feed_forward__balance": []},
         {"attention__selection": "nothing at all"},
+        {"training__trains": "routers", "distillation__weight": 1.0},
         {
             "feed_forward__options": {"p": 0.5},
             "feed_forward__gate": "uoe_parallel.routing.gates.relu:ReluGate",

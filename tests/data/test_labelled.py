@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from uoe_parallel.data.batches import random_stream
 from uoe_parallel.data.labelled import LabelledDocuments, labels_path, write_labelled_documents
+from uoe_parallel.data.token_pair import Share
 from uoe_parallel.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8], [70000]]
@@ -54,6 +55,18 @@ def test_fingerprint_tells_texts_and_labels_apart(tmp_path: Path) -> None:
     assert len({tuple(p) for p in prints}) == 3
     again = LabelledDocuments(write(tmp_path / "again"), 4, 3).fingerprint
     assert again == prints[0]
+
+
+def test_a_share_has_its_documents_with_their_labels(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "data")
+    first, rest = (LabelledDocuments(prefix, 4, 3, Share(*s)) for s in ((0, 0.3), (0.3, 1)))
+    assert (len(first), len(rest)) == (1, 3)
+    batch = rest.micro_batch([0, 1], [], 2)
+    assert batch.tokens.tolist() == [[4, 0, 0, 0], [5, 6, 7, 8]]
+    assert batch.labels.tolist() == [[0], [1]]
+    assert first.fingerprint != rest.fingerprint
+    with pytest.raises(UserError, match=r"of its 4 documents, one part of data\.split gets none"):
+        LabelledDocuments(prefix, 4, 3, Share(0.95, 0.96))
 
 
 def labels(values: object) -> Callable[[Path], None]:

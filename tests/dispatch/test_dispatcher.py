@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.harness import Ranks
 from tests.unions import (
+    ROPE_BASE,
     AttentionSpec,
     MLPSpec,
     Outcome,
@@ -106,7 +107,7 @@ def problems(draw: st.DrawFn, layout: ParallelLayout) -> Problem:
             st.builds(
                 MLPSpec,
                 num_experts=st.just(num_experts),
-                activation=st.sampled_from(["gelu", "swiglu"]),
+                activation=st.sampled_from(["gelu", "gelu_tanh", "swiglu"]),
                 bias=st.booleans(),
                 hidden_size=st.integers(1, 5),
                 expert_width=st.integers(1, 5),
@@ -119,6 +120,7 @@ def problems(draw: st.DrawFn, layout: ParallelLayout) -> Problem:
                 head_width=st.sampled_from([2, 4]),
                 causal=st.booleans(),
                 keys_and_values=st.sampled_from(["selected", "all"]),
+                rope_base=st.sampled_from([ROPE_BASE, None]),
             ),
         )
     )

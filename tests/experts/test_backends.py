@@ -306,7 +306,7 @@ def test_dropout_of_attention_probabilities(
 
 
 UNIONS: list[Spec] = [
-    MLPSpec(activation="gelu", hidden_size=8, expert_width=4),
+    MLPSpec(activation="gelu_tanh", hidden_size=8, expert_width=4),
     MLPSpec(activation="swiglu", hidden_size=8, expert_width=8, bias=False),
     AttentionSpec(num_experts=4),
     AttentionSpec(num_experts=4, queries_per_expert=2, bias=False),

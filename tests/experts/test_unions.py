@@ -33,6 +33,7 @@ from uoe_parallel.routing.router import Router
 SPECS: list[Spec] = [
     MLPSpec(activation="gelu", bias=False),
     MLPSpec(activation="gelu", bias=True),
+    MLPSpec(activation="gelu_tanh", bias=True),
     MLPSpec(activation="swiglu", bias=False),
     MLPSpec(activation="swiglu", bias=True, num_experts=8),
     AttentionSpec(bias=False),
@@ -42,13 +43,15 @@ SPECS: list[Spec] = [
     AttentionSpec(bias=True, queries_per_expert=2, causal=False),
     AttentionSpec(bias=True, queries_per_expert=2, head_width=2, keys_and_values="all"),
     AttentionSpec(bias=False, causal=False, keys_and_values="all"),
+    AttentionSpec(bias=True, head_width=3, rope_base=None),
+    AttentionSpec(bias=False, queries_per_expert=2, rope_base=None, keys_and_values="all"),
 ]
 PROBLEMS = [
     Problem(spec, length=8, batch=2, stretch_density=(1.0,), expert_density=(1.0,) * n, seed=seed)
     for seed, spec in enumerate(SPECS)
     for n in [spec.num_experts]
 ]
-PACKED = [replace(problem, packed=True) for problem in PROBLEMS[5:]]
+PACKED = [replace(problem, packed=True) for problem in PROBLEMS[6:]]
 CASES = [(problem, tuple(GATES)) for problem in PROBLEMS]
 CASES += [(problem, ("sigmoid",)) for problem in PACKED]
 """Problems, and the gates with which each is routed."""

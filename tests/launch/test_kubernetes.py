@@ -68,6 +68,7 @@ def test_pods_start_the_launchers_script_with_a_config_that_fits_their_ranks() -
     image = (CHECKOUT / "docker" / "Dockerfile.cuda").read_text()
     folder = PurePath(re.findall(r"^WORKDIR (.+)$", image, re.MULTILINE)[-1])
     shared = CONTAINER["volumeMounts"][0]["mountPath"]
+    assert isinstance(config.data.train, str)
     assert all(
         (folder / path).is_relative_to(shared) for path in (config.run_dir, config.data.train)
     )

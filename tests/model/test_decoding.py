@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.model.cases import build_model, random_tokens, start
 from tests.model.rules import CAUSAL_RULES
-from tests.tiny import tiny_config
+from tests.tiny import GPT_2, tiny_config
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
 
@@ -31,7 +31,7 @@ FEW = ("patches with capacity", "segments, then thresholds")
 """Rules for several ranks: the form of decoding is the same for all of them."""
 
 
-def compare(parallel: dict[str, Any], rules: Collection[str]) -> Compared:
+def compare(parts: dict[str, Any], parallel: dict[str, Any], rules: Collection[str]) -> Compared:
     """By rule and mode: logits of tokens that are added one by one, and those of a full pass, of
     the same beginnings and of beginnings of different length."""
     groups = start(tiny_config(parallel=parallel))
@@ -40,7 +40,10 @@ def compare(parallel: dict[str, Any], rules: Collection[str]) -> Compared:
         fields = CAUSAL_RULES[rule]
         for mode, attention in MODES.items():
             config = tiny_config(
-                feed_forward=fields, attention=fields | attention, parallel=parallel
+                model=parts,
+                feed_forward=fields,
+                attention=fields | attention,
+                parallel=parallel,
             )
             model = build_model(config, groups, torch.float64).eval()
             tokens = random_tokens(config)
@@ -79,16 +82,16 @@ def unequal_beginnings(model: LanguageModel, tokens: Tensor, full: Tensor) -> tu
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [{}, {"tensor": 2}, {"expert": 2}],
-    ids=["one", "tensor", "wide experts"],
+    ("parts", "parallel"),
+    [({}, {}), (GPT_2, {}), ({}, {"tensor": 2}), (GPT_2, {"tensor": 2}), ({}, {"expert": 2})],
+    ids=["one", "GPT-2's parts", "tensor", "GPT-2's parts, tensor", "wide experts"],
 )
 def test_tokens_one_by_one_are_those_of_the_full_pass(
-    ranks: Ranks, parallel: dict[str, Any]
+    ranks: Ranks, parts: dict[str, Any], parallel: dict[str, Any]
 ) -> None:
     world = max(parallel.get("tensor", 1), parallel.get("expert", 1))
-    rules = CAUSAL_RULES if world == 1 else FEW
-    for found in ranks(world).run(compare, parallel, list(rules)):
+    rules = FEW if parts or world > 1 else CAUSAL_RULES
+    for found in ranks(world).run(compare, parts, parallel, list(rules)):
         for case, pairs in found.items():
             for number, (decoded, full) in enumerate(pairs):
                 worst = (decoded - full).abs().max()

@@ -15,7 +15,8 @@ from tests.tiny import tiny_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
 from uoe_parallel.experts.backends import LoopBackend
-from uoe_parallel.model.language_model import Embedding, LanguageModel, TransformerBlock
+from uoe_parallel.model.embedding import Embedding
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.random import random_states
 
@@ -74,9 +75,9 @@ def dropped_outputs(config: RunConfig) -> list[tuple[Tensor, Tensor]]:
     tokens = random_tokens(config)
     batch, length = tokens.shape
     context = model.context((batch, length), None, tokens.device)
-    sums.append(block(embedding(tokens), context))
+    sums.append(block(embedding(tokens, context.documents), context))
     before, middle, after = sums
-    whole = embedding.eval()(tokens)
+    whole = embedding.eval()(tokens, context.documents)
     return [(whole, before), (outputs[0], middle - before), (outputs[1], after - middle)]
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.harness import Ranks
 from tests.model.cases import build_model, full_gradients, random_tokens, relative_difference, start
-from tests.tiny import tiny_config
+from tests.tiny import USED_VOCAB_SIZE, tiny_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.model.heads import VocabularyHead
 
@@ -133,3 +134,30 @@ def test_a_classifier_has_no_head_over_the_vocabulary(ranks: Ranks) -> None:
     names = set(ranks(1).run(run_head, tiny_config(**TASKS["classes"]))[0].gradients)
     assert {"head.weight", "head.bias", "embedding.tokens.weight"} <= names
     assert "head.logits.weight" not in names
+
+
+def test_padding_has_no_share_of_a_softmax(ranks: Ranks) -> None:
+    """Whatever its rows hold; with two ranks all of it is on the second."""
+    for tensor in (1, 2):
+        config = tiny_config(parallel={"tensor": tensor}, model={"tie_embeddings": False})
+        for losses, expected, padding_gradient in ranks(tensor).run(_judge_beside_padding, config):
+            torch.testing.assert_close(losses, expected)
+            assert not padding_gradient.any()
+
+
+def _judge_beside_padding(config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, what they are over the used vocabulary alone, and the gradient of padding's rows."""
+    model = build_model(config, start(config), torch.float64)
+    assert isinstance(model.head, VocabularyHead)
+    weight = model.head.logits.weight
+    assert weight is not None
+    own = max(USED_VOCAB_SIZE - model.groups.tensor_rank * len(weight), 0)
+    with torch.no_grad():
+        weight[own:] = 50.0
+    tokens_BS = random_tokens(config)
+    losses_BS = model(tokens_BS, tokens_BS)
+    losses_BS.sum().backward()
+    with torch.no_grad():
+        expected_BS = F.cross_entropy(model(tokens_BS).transpose(1, 2), tokens_BS, reduction="none")
+    assert weight.grad is not None
+    return losses_BS.detach(), expected_BS, weight.grad[own:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.harness import Ranks
 from tests.model.cases import hidden_and_gradients, loss_and_gradients, relative_difference
-from tests.tiny import tiny_config
+from tests.tiny import GPT_2, tiny_config
 
 OneRank = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "feed_forward": {"routed_layers": [1]},
         "attention": {"routed_layers": [0]},
     },
+    "GPT-2's parts": {"model": GPT_2},
     "one expert a token": {"feed_forward": {"top_k": 1}, "attention": {"top_k": 1}},
     "all experts": {"feed_forward": {"top_k": 8}, "attention": {"top_k": 4}},
     "dense": {"feed_forward": {"routed_layers": "none"}, "attention": {"routed_layers": "none"}},

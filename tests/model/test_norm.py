@@ -1,4 +1,4 @@
-"""The norm is the same whichever library computes it, and the fused one is taken where it runs."""
+"""Norms are the same whichever library computes them, and the fused one is taken where it runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.unions import start
 from uoe_parallel.model import norm
-from uoe_parallel.model.norm import RMSNorm, choose_rms_norm
+from uoe_parallel.model.norm import Norm, NormKind, choose_norm
 
 EPS = 0.01
+KINDS: list[NormKind] = ["rms_norm", "layer_norm"]
 COMPILED = "fused_layer_norm_cuda"
 APEX = ("apex", "apex.normalization", "apex.normalization.fused_layer_norm")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Iterator[None]:
-    choose_rms_norm.cache_clear()
+    choose_norm.cache_clear()
     yield
-    choose_rms_norm.cache_clear()
+    choose_norm.cache_clear()
+
+
+def by_definition(kind: NormKind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
 
 
 def fused_rms_norm_affine(
@@ -34,68 +42,94 @@ def fused_rms_norm_affine(
     eps: float = 1e-6,
     memory_efficient: bool = False,
 ) -> Tensor:
-    """Stands for apex's, with its signature; by the definition."""
+    """Stands for apex's, with its signature."""
     assert tuple(normalized_shape) == input.shape[-1:] == weight.shape and not memory_efficient
-    return input * torch.rsqrt(input.square().mean(-1, keepdim=True) + eps) * weight
+    assert eps == EPS
+    return by_definition("rms_norm", input, weight, None)
+
+
+def fused_layer_norm_affine(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    normalized_shape: torch.Size,
+    eps: float = 1e-6,
+    memory_efficient: bool = False,
+) -> Tensor:
+    """Stands for apex's, with its signature."""
+    assert tuple(normalized_shape) == input.shape[-1:] == weight.shape and not memory_efficient
+    assert eps == EPS
+    return by_definition("layer_norm", input, weight, bias)
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, *, apex: bool, compiled: bool) -> None:
     for name in APEX:
         monkeypatch.setitem(sys.modules, name, ModuleType(name) if apex else None)
     if apex:
-        vars(sys.modules[APEX[-1]])["fused_rms_norm_affine"] = fused_rms_norm_affine
+        for fused in (fused_rms_norm_affine, fused_layer_norm_affine):
+            setattr(sys.modules[APEX[-1]], fused.__name__, fused)
     monkeypatch.setitem(sys.modules, COMPILED, ModuleType(COMPILED) if compiled else None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("device", "apex", "compiled", "name"),
+    ("device", "apex", "compiled", "is_fused"),
     [
-        ("cuda", True, True, "apex.normalization's fused_rms_norm_affine"),
-        ("cuda", True, False, "torch.rms_norm"),
-        ("cuda", False, False, "torch.rms_norm"),
-        ("cpu", True, True, "torch.rms_norm"),
+        ("cuda", True, True, True),
+        ("cuda", True, False, False),
+        ("cuda", False, False, False),
+        ("cpu", True, True, False),
     ],
 )
 def test_apex_is_used_on_cuda_where_it_was_built(
-    monkeypatch: pytest.MonkeyPatch, device: str, apex: bool, compiled: bool, name: str
+    monkeypatch: pytest.MonkeyPatch,
+    kind: NormKind,
+    device: str,
+    apex: bool,
+    compiled: bool,
+    is_fused: bool,
 ) -> None:
     _install(monkeypatch, apex=apex, compiled=compiled)
-    assert choose_rms_norm(device)[1] == name
+    name = f"apex.normalization's fused_{kind}_affine" if is_fused else f"torch.{kind}"
+    assert choose_norm(kind, device)[1] == name
 
 
-def test_both_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_compute_the_same(monkeypatch: pytest.MonkeyPatch, kind: NormKind) -> None:
     _install(monkeypatch, apex=True, compiled=True)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, 3, 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(8, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2 if kind == "layer_norm" else 1, 8, generator=generator).double()
     results = []
     for device in ("cuda", "cpu"):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        y = choose_rms_norm(device)[0](leaves[0], leaves[1], EPS)
+        leaves = [x.clone().requires_grad_(), *(w.clone().requires_grad_() for w in weights)]
+        bias = leaves[2] if len(leaves) == 3 else None
+        y = choose_norm(kind, device)[0](leaves[0], leaves[1], bias, EPS)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def _asked_of(x: Tensor) -> tuple[list[str], Tensor]:
-    """The devices that a layer asked for, and what it made of `x`."""
-    asked: list[str] = []
+def _asked_of(x: Tensor, kind: NormKind) -> tuple[list[tuple[NormKind, str]], Tensor]:
+    """What a layer asked for, and what it made of `x`."""
+    asked: list[tuple[NormKind, str]] = []
 
-    def choose(device_type: str) -> tuple[norm.Norm, str]:
-        asked.append(device_type)
-        return (lambda x, weight, eps: x * weight + eps), "a fake"
+    def choose(kind: NormKind, device_type: str) -> tuple[norm.Normalize, str]:
+        asked.append((kind, device_type))
+        return (lambda x, weight, bias, eps: x * weight + (0 if bias is None else 1) + eps), "fake"
 
     group = start(1, sequence_parallel=False).tensor
-    layer = RMSNorm(8, eps=EPS, dtype=x.dtype, group=group, sequence_parallel=True)
-    original, norm.choose_rms_norm = norm.choose_rms_norm, choose
+    layer = Norm(kind, 8, eps=EPS, dtype=x.dtype, group=group, sequence_parallel=True)
+    original, norm.choose_norm = norm.choose_norm, choose
     try:
         return asked, layer(x).detach()
     finally:
-        norm.choose_rms_norm = original
+        norm.choose_norm = original
 
 
-def test_a_layer_computes_by_what_was_chosen_for_its_device(ranks: Ranks) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_computes_by_what_was_chosen_for_its_device(ranks: Ranks, kind: NormKind) -> None:
     x = torch.ones(4, 8)
-    asked, y = ranks(1).run(_asked_of, x)[0]
-    assert asked == ["cpu"]
-    assert torch.equal(y, x + EPS)
+    asked, y = ranks(1).run(_asked_of, x, kind)[0]
+    assert asked == [(kind, "cpu")]
+    assert torch.equal(y, x + (1 if kind == "layer_norm" else 0) + EPS)

@@ -14,8 +14,8 @@ from tests.saved import Saved
 from tests.tiny import tiny_config
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.experts.backends import GroupedBackend
+from uoe_parallel.model.builder import LayerBuilder
 from uoe_parallel.model.context import micro_batch_context
-from uoe_parallel.model.language_model import LayerBuilder
 from uoe_parallel.parallel.random import random_states
 
 MODELS: dict[str, dict[str, Any]] = {

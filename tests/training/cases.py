@@ -19,6 +19,7 @@ from uoe_parallel.training.optimizer import parameter_groups, set_learning_rates
 from uoe_parallel.training.timers import StepTimer
 
 STEPS = 3
+MOMENTS = ("exp_avg", "exp_avg_sq")
 MASK = USED_VOCAB_SIZE
 """The id after those of text."""
 
@@ -123,8 +124,8 @@ def run_plainly(config: RunConfig) -> Outcome:
         losses.append(float(loss.detach()))
     pieces = []
     for name, param in model.named_parameters():
-        state = optimizer.state[param]
-        kinds = {"weight": param, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        state = optimizer.state[param] if param.requires_grad else {}
+        kinds = {"weight": param} | {kind: state[kind] for kind in MOMENTS if kind in state}
         pieces += [Piece.whole(f"{name}/{kind}", t.detach()) for kind, t in kinds.items()]
     return Outcome(losses, norms, pieces)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.harness import Ranks
 from tests.model.cases import relative_difference
-from tests.tiny import tiny_config
+from tests.tiny import GPT_2, tiny_config
 from tests.training.cases import assemble, run_engine, run_plainly
 from uoe_parallel.config.schema import ParallelConfig, RunConfig
 from uoe_parallel.parallel.layout import supported_layouts, with_parallel
@@ -64,6 +64,11 @@ NAMED: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel": {"tensor": 2, "pipeline": 2, "expert": 2, "zero_stage": 0},
         },
     ),
+    "GPT-2's parts on two stages that share an embedding": (
+        2,
+        {"model": GPT_2, "parallel": {"pipeline": 2, "zero_stage": 1}},
+    ),
+    "GPT-2's parts, cut over replicas": (2, {"model": GPT_2, "parallel": {"zero_stage": 3}}),
     "two stages that end in a tied embedding, no bias": (
         2,
         {"model": {"bias": False}, "parallel": {"pipeline": 2, "zero_stage": 1}},
@@ -126,7 +131,9 @@ def shapes(draw: st.DrawFn) -> RunConfig:
             "num_heads": kv_heads * queries,
             "num_kv_heads": kv_heads,
             "sequence_length": 16,
-            "activation": draw(st.sampled_from(["gelu", "swiglu"])),
+            "activation": draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu"])),
+            "norm": draw(st.sampled_from(["rms_norm", "layer_norm"])),
+            "positions": draw(st.sampled_from(["rotary", "learned"])),
             "bias": draw(st.booleans()),
             "tie_embeddings": draw(st.booleans()),
         },

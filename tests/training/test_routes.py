@@ -354,8 +354,8 @@ def recompute(config: RunConfig, forced: Masks | None, pipelined: bool) -> Order
 
     def forward(tokens: Tensor) -> Tensor:
         assert model.embedding is not None
-        x: Any = model.embedding(tokens)
         context = model.context((len(tokens), tokens.shape[1]), None, tokens.device)
+        x: Any = model.embedding(tokens, context.documents)
         for layer in model.layers.values():
             if pipelined:
                 x = checkpoint(layer, x, context, use_reentrant=True)

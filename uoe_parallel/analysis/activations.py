@@ -68,6 +68,7 @@ class Activations:
         self.own_tokens = self.tokens // model.num_shards
         self.width = config.model.hidden_size
         self.recompute = config.training.recompute
+        self.has_fused_norm = on_cuda or config.model.norm == "layer_norm"  # torch's RMSNorm is not
 
     @property
     def row(self) -> int:
@@ -86,7 +87,7 @@ class Activations:
         if not (model.tied and model.embedding is not None and model.groups.is_last_stage):
             return stage
         # The head's gradient of a tied weight waits for the embedding's to be added.
-        tied = self.element * sum(p.numel() for p in model.embedding.parameters())
+        tied = self.element * model.embedding.tokens.weight.numel()
         held = stage.points.held + Bytes(working=tied).numbers
         return replace(stage, points=replace(stage.points, held=held))
 
@@ -153,17 +154,18 @@ class Activations:
         return joined([before, replace(block, points=points), after])
 
     def _norm_kept(self) -> Bytes:
-        """Beside a norm's input and result: a factor for each token, and on a CPU the product
-        without the weight and, if that is more precise than the input, the input like it."""
-        copies = 0 if self.on_cuda else 1 if self.precise == self.element else 2
-        return Bytes(activations=self.own_tokens * self.precise * (1 + copies * self.width))
+        """Beside a norm's input and result: a factor for each token and a LayerNorm's mean; of an
+        RMSNorm on a CPU the product without the weight and, if that is more precise than the input,
+        the input like it."""
+        numbers = 2 if self.config.model.norm == "layer_norm" else 1
+        copies = 0 if self.has_fused_norm else 1 if self.precise == self.element else 2
+        return Bytes(activations=self.own_tokens * self.precise * (numbers + copies * self.width))
 
     def _norm_backward(self) -> Bytes:
-        """What a norm's gradient takes: torch's on a CPU is that of one operation after the other,
-        each with a result of its own."""
-        return Bytes(
-            working=(2 if self.on_cuda else 5) * self.own_tokens * self.width * self.precise
-        )
+        """What a norm's gradient takes: without a kernel of its own it is that of one operation
+        after the other, each with a result."""
+        tensors = 2 if self.has_fused_norm else 5
+        return Bytes(working=tensors * self.own_tokens * self.width * self.precise)
 
     def _block(self, block: DenseBlock, work: BlockWork | None) -> Part:
         """With what it keeps of its input."""

@@ -36,8 +36,8 @@ class StepBuffers:
         """is_accumulated: whether a backward pass finds gradients of another one."""
         self.rules = rules
         self.is_accumulated = is_accumulated
-        self.size = elements(self.rules.params)
-        self.largest = max(param.numel() for param in self.rules.params)
+        self.size = elements(self.rules.trained)
+        self.largest = max(param.numel() for param in self.rules.trained)
         self.own = {
             param for group in self.rules.parameter_groups for param in self.rules.touched(group)
         }
@@ -99,7 +99,7 @@ class StepBuffers:
                 )
                 for group in self.rules.parameter_groups
             )
-            largest = max(map(self.rules.partition_size, self.rules.params))
+            largest = max(map(self.rules.partition_size, self.rules.trained))
             yield Held(self.rules.states.gradients, self.bucket + self._sent)
             yield Held(self.rules.states.gradients, self.bucket + max(4 * part, _NORM * largest))
         elif self.rules.stage == 2:
@@ -124,13 +124,13 @@ class StepBuffers:
     def _behind_own(self) -> int:
         """Elements of the parameters behind the last own one."""
         return elements(
-            list(takewhile(lambda param: param not in self.own, self.rules.params[::-1]))
+            list(takewhile(lambda param: param not in self.own, self.rules.trained[::-1]))
         )
 
     def _plain(self) -> Iterator[Held]:
         """Without ZeRO: gradients are reduced as one flat copy, in a type of its own."""
         kinds = [
-            [p.numel() for p in self.rules.params if is_wide(p) == wide] for wide in (False, True)
+            [p.numel() for p in self.rules.trained if is_wide(p) == wide] for wide in (False, True)
         ]
         copied = self.rules.element * max(map(_most_copied, kinds))
         if self.rules.reduced_element != self.rules.element:
@@ -166,7 +166,7 @@ class StepBuffers:
     def _sent(self) -> int:
         """Bytes of the copy of a bucket that is reduced, in the type of its own that it may have:
         parts for one rank after the other, where there are several ranks."""
-        if max(map(self.rules.replicas, self.rules.params)) == 1:
+        if max(map(self.rules.replicas, self.rules.trained)) == 1:
             return 0
         cast = self.rules.reduced_element if self.rules.reduced_element != self.rules.element else 0
         copies = 2 * cast if cast and self.rules.stage == 3 else cast + self.rules.element

@@ -120,7 +120,9 @@ def parameter_counts(config: RunConfig, vocab_size: int) -> ParameterCounts:
     """vocab_size: padded, as `LanguageModel` takes it."""
     model = config.model
     untied_head = model.num_classes is None and not model.tie_embeddings
-    rest = (1 + untied_head) * vocab_size * model.hidden_size + model.hidden_size
+    vectors = (1 + untied_head) * vocab_size
+    vectors += model.sequence_length if model.positions == "learned" else 0
+    rest = vectors * model.hidden_size + _norm(config)
     if model.num_classes is not None:
         rest += model.num_classes * (model.hidden_size + 1)
     layers = [_layer(config, number) for number in range(model.num_layers)]
@@ -168,12 +170,17 @@ def _layer(config: RunConfig, number: int) -> _Layer:
     pairs = _overlap(attention, model.kv_heads) if selects else queries
     scores = 2 * hidden * model.sequence_length * pairs
     return _Layer(
-        active=weights + biases + 2 * hidden,
+        active=weights + biases + 2 * _norm(config),
         routers=sum(parameters for parameters, _ in routers),
         flops=3 * 2 * weights
         + (SCORES_FORWARD + SCORES_BACKWARD) * scores
         + 3 * 2 * sum(judged for _, judged in routers),
     )
+
+
+def _norm(config: RunConfig) -> int:
+    """Parameters of one."""
+    return config.model.hidden_size * (2 if config.model.norm == "layer_norm" else 1)
 
 
 def _overlap(routing: RoutingConfig, experts: int) -> float:

@@ -73,7 +73,7 @@ class Part:
 
     @cached_property
     def size(self) -> int:
-        """Elements of its parameters."""
+        """Elements of its parameters' gradients."""
         return elements(self.params)
 
     @cached_property
@@ -112,7 +112,8 @@ class StagePart:
 
 
 def elements(params: Sequence[nn.Parameter]) -> int:
-    return sum(map(nn.Parameter.numel, params))
+    """Of the gradients that these get."""
+    return sum(param.numel() for param in params if param.requires_grad)
 
 
 def _table(rows: list[Any], *width: int) -> Numbers:
@@ -148,7 +149,7 @@ def stacked(parts: Sequence[Part]) -> StagePart:
             )
         )
         if part.params:
-            made, last = made + part.size, part.params[-1].numel()
+            made, last = made + part.size, elements(part.params[-1:])
     columns = {f: [getattr(p, f) for p in points] for f in ("held", "making", "made", "last")}
     whole = Points(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
     return StagePart(below[-1], forward, whole)

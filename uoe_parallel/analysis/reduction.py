@@ -44,6 +44,8 @@ class _Traffic:
         model = self.rules.model
         if not model.tied or model.embedding is None or self.rules.groups.pipe.size() == 1:
             return
+        if not model.embedding.tokens.weight.requires_grad:
+            return
         element = 4 if self.rules.is_flat_bf16 and self.rules.stage == 1 else self.rules.element
         payload = model.embedding.tokens.weight.numel() * element
         purpose = Purpose.TIED_EMBEDDING
@@ -58,7 +60,7 @@ class _Traffic:
                     map(self.rules.padded_size, groups), MEMORY_OPT_ALLREDUCE_SIZE + 1
                 )
             elif self.rules.stage == 0:
-                params = [p for p in self.rules.params if is_wide(p) == wide]
+                params = [p for p in self.rules.trained if is_wide(p) == wide]
                 sizes = closed_at((p.numel() for p in params), MEMORY_OPT_ALLREDUCE_SIZE + 1)
             else:
                 sizes = self._bucketed(wide)
@@ -75,7 +77,7 @@ class _Traffic:
         """Elements of the all-reduces of ZeRO 1 and 2: of each bucket, in each kind of group."""
         params = [param for group in self.rules.parameter_groups for param in group]
         if self.rules.stage == 2:
-            params = self.rules.params[::-1]
+            params = self.rules.trained[::-1]
         limit = self.rules.zero.reduce_bucket_size
         for bucket in filled_up_to(params, limit):
             sizes = [param.numel() for param in bucket if is_wide(param) == wide]
@@ -130,7 +132,7 @@ class _Traffic:
         for gathering in self.rules.gatherings.all:
             payload = sum(map(self.rules.partition_size, gathering.params)) * self.rules.element
             yield Transfer(Purpose.WEIGHTS, gathering.phase, "data", "all_gather", 1, payload)
-        params = self.rules.params[::-1]
+        params = self.rules.trained[::-1]
         for bucket in filled_up_to(params, self.rules.zero.reduce_bucket_size):
             size = sum(self.rules.partition_size(p) * self.rules.replicas(p) for p in bucket)
             payload = size * self.rules.reduced_element

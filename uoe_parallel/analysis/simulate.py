@@ -33,8 +33,9 @@ from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_v
 from uoe_parallel.errors import UserError
 from uoe_parallel.experts.backends import LoopBackend
 from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.builder import LayerBuilder
 from uoe_parallel.model.heads import VocabularyHead
-from uoe_parallel.model.language_model import LanguageModel, LayerBuilder, TransformerBlock
+from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults

@@ -48,6 +48,7 @@ class StateRules:
     def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         self.model = model
         self.params = list(model.parameters())
+        self.trained = [param for param in self.params if param.requires_grad]
         self.groups = model.groups
         self.stage = config.parallel.zero_stage
         self.recompute: Recompute = config.training.recompute
@@ -115,27 +116,31 @@ class StateRules:
     @cached_property
     def states(self) -> ModelStates:
         """Of this rank."""
-        whole = sum(param.numel() for param in self.params)
+        whole = sum(param.numel() for param in self.trained)
+        frozen = sum(param.numel() for param in self.params) - whole
         padded = sum(map(self.padded_size, self.parameter_groups))
         part = sum(map(self.part_size, self.parameter_groups))
+        weights = self.element * (padded + frozen)
         if self.stage == 3:
-            part = sum(map(self.partition_size, self.params))
-            kept_whole = sum(param.numel() for param in self.kept_whole())
-            return ModelStates(self.element * (part + kept_whole), 4 * part, _MASTERED * part)
+            part = sum(map(self.partition_size, self.trained))
+            held = sum(map(self.partition_size, self.params))
+            held += sum(param.numel() for param in self.kept_whole())
+            return ModelStates(self.element * held, 4 * part, _MASTERED * part)
         if self.is_flat_bf16:
             # Also without ZeRO, where sums are bf16, it keeps one part of masters and moments.
             # The last pass's own gradients stay until the next one begins.
             sums = (4 if self.stage == 1 else self.element) * padded
             gradients = sums + self.element * whole
-            return ModelStates(self.element * padded, gradients, _MASTERED * part)
+            return ModelStates(weights, gradients, _MASTERED * part)
         if self.stage == 0:
             optimizer = _MASTERED if self.is_bf16 else 2 * self.element
-            return ModelStates(self.element * whole, self.element * whole, optimizer * whole)
+            weights = self.element * (whole + frozen)
+            return ModelStates(weights, self.element * whole, optimizer * whole)
         added_up = whole
         if self.stage == 2:  # fp32 gradients are kept whole if the rank steps any of their elements
             own = chain.from_iterable(map(self.touched, self.parameter_groups))
             added_up = part if self.is_bf16 else sum(param.numel() for param in own)
-        return ModelStates(self.element * padded, 4 * added_up, _MASTERED * part)
+        return ModelStates(weights, 4 * added_up, _MASTERED * part)
 
 
 def spans(params: list[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[int, int]]]:

@@ -182,9 +182,13 @@ class _Passes:
         return exchange_traffic(sizes, group, rank, self.width * self.element, self.precise)
 
     def _norm(self) -> Iterator[Transfer]:
-        yield from self._replicated_weight(self.element * self.width)
+        for _ in ("weight", "bias")[: 1 if self.config.model.norm == "rms_norm" else 2]:
+            yield from self._replicated_weight(self.element * self.width)
 
     def _embedding(self) -> Iterator[Transfer]:
+        if self.config.model.positions == "learned":
+            size = self.config.model.sequence_length * self.width * self.element
+            yield from self._replicated_weight(size)
         if self.sharded:
             yield self._scatter(Purpose.EMBEDDING, "forward")
             yield self._gather(Purpose.EMBEDDING, "backward")

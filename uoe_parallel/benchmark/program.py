@@ -16,9 +16,9 @@ from typing import Any
 from uoe_parallel.benchmark.report import say, section_text
 from uoe_parallel.benchmark.sizes import Sizes, check_sizes
 from uoe_parallel.benchmark.worker import Measured
+from uoe_parallel.config.json_text import write_json
 from uoe_parallel.errors import UserError
 from uoe_parallel.verification.ranks import Failure, LocalRanks
-from uoe_parallel.verification.report import write_json
 
 FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
 """Exit codes, beside 0."""

@@ -12,8 +12,8 @@ from uoe_parallel.benchmark.sizes import Sizes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.model.block import DenseBlock
+from uoe_parallel.model.builder import LayerBuilder
 from uoe_parallel.model.context import Context, micro_batch_context
-from uoe_parallel.model.language_model import LayerBuilder
 from uoe_parallel.parallel.device import Device
 from uoe_parallel.parallel.groups import ParallelGroups
 

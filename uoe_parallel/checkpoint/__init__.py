@@ -22,7 +22,7 @@ from uoe_parallel.checkpoint.reader import (
     open_checkpoint,
     read_manifest,
 )
-from uoe_parallel.checkpoint.store import Piece, save_checkpoint
+from uoe_parallel.checkpoint.store import Piece, save_checkpoint, save_in_parts
 
 __all__ = [
     "CheckpointReader",
@@ -32,4 +32,5 @@ __all__ = [
     "open_checkpoint",
     "read_manifest",
     "save_checkpoint",
+    "save_in_parts",
 ]

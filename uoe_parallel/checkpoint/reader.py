@@ -46,6 +46,10 @@ class CheckpointReader:
     def dtype(self, key: str) -> torch.dtype:
         return DTYPES[self._manifest.entries[key].dtype]
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The global shape of an entry."""
+        return self._manifest.entries[key].shape
+
     def read(
         self, key: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
     ) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -102,6 +103,33 @@ def save_checkpoint(
         raise
     if rank == 0:
         _prune(final, keep)
+    return final
+
+
+def save_in_parts(
+    root: Path, step: int, parts: Iterable[Sequence[Piece]], state: Mapping[str, JsonValue]
+) -> Path:
+    """As `save_checkpoint`, by one process that makes pieces part after part and holds one at a
+    time: each becomes a file. Raises UserError when they can't be written, and what making them
+    raises; no half of the checkpoint is left then.
+    """
+    final = root / folders.folder_name(step)
+    partial = final.with_name(final.name + folders.PARTIAL)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folders.remove_partials(root)
+        partial.mkdir()
+        written = enumerate(parts)
+        reports = [_write_shard(partial / shard_name(n), pieces) for n, pieces in written]
+        _write_manifest(partial, step, state, reports)
+        folders.publish(partial, final)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint could not be saved to {root}: {error}. See that this folder may be "
+            "written to and has room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from uoe_parallel.config.deepspeed import passthrough_faults
 from uoe_parallel.config.faults import Fault, show
-from uoe_parallel.config.routing_checks import is_routed, kv_fields, routing_fits
+from uoe_parallel.config.routing_checks import (
+    is_routed,
+    kv_fields,
+    routers_are_there,
+    routing_fits,
+    teacher_stands_still,
+)
 from uoe_parallel.config.schema import RoutingConfig, RunConfig
 
 Rule = Callable[[RunConfig], Iterable[Fault]]
@@ -49,9 +55,13 @@ def _divisor(value: int, near: int) -> int:
 
 
 def heads_split_hidden(config: RunConfig) -> Iterator[Fault]:
-    """Heads have one whole, even width: rotary positions turn pairs of elements."""
+    """Heads have one whole width, and an even one where rotary positions turn pairs of elements."""
     model = config.model
-    fields = ("model.hidden_size", "model.num_heads")
+    if model.positions != "rotary":
+        size, heads = model.hidden_size, model.num_heads
+        yield from _divides("model.hidden_size", size, "model.num_heads", heads)
+        return
+    fields = ("model.hidden_size", "model.num_heads", "model.positions")
     pairs = 2 * model.num_heads
     if model.hidden_size % model.num_heads:
         problem = f"is not a multiple of model.num_heads = {model.num_heads}"
@@ -358,6 +368,8 @@ RULES: tuple[Rule, ...] = (
     routes_beside_checkpoints,
     there_is_a_checkpoint_to_go_back_to,
     replicas_are_compared,
+    routers_are_there,
+    teacher_stands_still,
     passthrough_faults,
 )
 """Every rule that needs nothing but the config."""

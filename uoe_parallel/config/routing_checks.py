@@ -258,3 +258,21 @@ def routing_fits(config: RunConfig) -> Iterator[Fault]:
     for kind in _kinds(config):
         for rule in _KIND_RULES:
             yield from rule(kind)
+
+
+def routers_are_there(config: RunConfig) -> Iterator[Fault]:
+    if config.training.trains == "routers" and not config.routed_blocks:
+        fields = ("training.trains", "feed_forward.routed_layers", "attention.routed_layers")
+        problem = "leaves nothing to train, as no layer is routed"
+        yield Fault(fields, "routers", problem, 'route layers, or use "all"')
+
+
+def teacher_stands_still(config: RunConfig) -> Iterator[Fault]:
+    weight = config.distillation.weight
+    if weight > 0 and config.training.trains != "routers":
+        yield Fault(
+            ("distillation.weight", "training.trains"),
+            weight,
+            'has the model learn from its own weights, which training.trains = "all" moves',
+            'set training.trains to "routers", or use 0',
+        )

@@ -8,6 +8,7 @@ from typing import Literal
 from uoe_parallel.config.schema import Corpora, RunConfig
 from uoe_parallel.data.batches import Examples
 from uoe_parallel.data.examples import open_examples
+from uoe_parallel.data.summary import check_made_with
 from uoe_parallel.data.tokenizer import Tokenizer
 
 EvaluationSplit = Literal["validation", "test"]
@@ -43,6 +44,7 @@ def open_run_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
 
 def _open(corpora: Corpora, config: RunConfig, tokenizer: Tokenizer) -> Examples:
     assert isinstance(corpora, str), "blends are not opened yet"
+    check_made_with(corpora, config.data.tokenizer, tokenizer)
     return open_examples(corpora, config, tokenizer)
 
 

@@ -18,7 +18,7 @@ from numpy.random import BitGenerator
 from numpy.typing import NDArray
 
 from uoe_parallel.data.batches import MicroBatch
-from uoe_parallel.data.dataset import count_tokens, open_pair, read_tokens
+from uoe_parallel.data.token_pair import WHOLE, Share, TokenPair
 from uoe_parallel.errors import UserError
 
 
@@ -28,36 +28,42 @@ def labels_path(prefix: str | Path) -> Path:
 
 
 class LabelledDocuments:
-    """The documents of a pair, each a sequence of its own, and their classes.
+    """The documents of a share of a pair, each a sequence of its own, and their classes.
+
+    Memory holds 16 bytes for each document of the pair, its place and its label.
 
     Raises UserError when a file is missing or damaged, when there is not one label for each
     document or one is not in [0, num_classes), or when a document is empty or longer than
-    `sequence_length`.
+    `sequence_length`, or the share has none.
     """
 
-    def __init__(self, prefix: str | Path, sequence_length: int, num_classes: int) -> None:
+    def __init__(
+        self, prefix: str | Path, sequence_length: int, num_classes: int, share: Share = WHOLE
+    ) -> None:
         self.prefix = str(prefix)
         self.sequence_length = sequence_length
-        if count_tokens(self.prefix) == 0:
+        self._pair = TokenPair(prefix, least="one document")
+        documents = self._pair.documents_of(share)
+        if len(documents) == 0:
             raise UserError(
-                f"{get_bin_path(self.prefix)}: the corpus is empty; build it from at least one "
-                "document"
+                f"{self._pair.bin_path}: of its {self._pair.num_documents} documents, one part of "
+                "data.split gets none; use a larger corpus or other parts"
             )
-        self._dataset = open_pair(self.prefix)
-        index = self._dataset.index
-        ends = np.concatenate(([0], np.cumsum(index.sequence_lengths, dtype=np.int64)))
-        self._bounds = ends[index.document_indices]
+        self._first = documents.start
+        self._bounds = self._pair.bounds(documents)
         """Where documents begin, and the last one ends, in tokens: int64 [documents + 1]."""
         self._labels = _read_labels(labels_path(self.prefix))
         self._check_lengths()
         self._check_labels(num_classes)
+        self._labels = self._labels[documents.start : documents.stop]
 
     @property
     def fingerprint(self) -> list[int]:
         """The number of tokens, and checksums of the first document and of all labels."""
-        first = read_tokens(self._dataset, 0, int(self._bounds[1]))
+        start, end = self._bounds[:2].tolist()
+        first = self._pair.read(start, end - start)
         checksums = (zlib.crc32(array.tobytes()) for array in (first, self._labels))
-        return [int(self._bounds[-1]), *checksums]
+        return [int(self._bounds[-1]) - start, *checksums]
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -70,9 +76,7 @@ class LabelledDocuments:
         labels = torch.zeros(size, 1, dtype=torch.int64)
         for row, number in enumerate(numbers):
             first, end = self._bounds[number : number + 2].tolist()
-            tokens[row, : end - first] = torch.from_numpy(
-                read_tokens(self._dataset, first, end - first)
-            )
+            tokens[row, : end - first] = torch.from_numpy(self._pair.read(first, end - first))
             documents[row, : end - first] = 0
             labels[row] = int(self._labels[number])
         counts = (torch.arange(size) < len(numbers)).unsqueeze(1)
@@ -80,23 +84,24 @@ class LabelledDocuments:
 
     def _check_lengths(self) -> None:
         lengths = np.diff(self._bounds)
+        shortest, longest_one = self._first + lengths.argmin(), self._first + lengths.argmax()
         if lengths.min() == 0:
             raise UserError(
-                f"{get_bin_path(self.prefix)}: document {lengths.argmin()} (from 0) is empty, and "
+                f"{get_bin_path(self.prefix)}: document {shortest} (from 0) is empty, and "
                 "there is nothing to classify; leave it out, with its label"
             )
         if (longest := int(lengths.max())) > self.sequence_length:
             raise UserError(
-                f"{get_bin_path(self.prefix)}: document {lengths.argmax()} (from 0) has {longest} "
+                f"{get_bin_path(self.prefix)}: document {longest_one} (from 0) has {longest} "
                 f"tokens, more than model.sequence_length = {self.sequence_length}; shorten the "
                 f"documents or set model.sequence_length to {longest} or more"
             )
 
     def _check_labels(self, num_classes: int) -> None:
         path, labels = labels_path(self.prefix), self._labels
-        if len(labels) != len(self):
+        if len(labels) != (count := self._pair.num_documents):
             raise UserError(
-                f"{path}: has {len(labels)} labels for {len(self)} documents; give each document "
+                f"{path}: has {len(labels)} labels for {count} documents; give each document "
                 "of the pair one label, in the same order"
             )
         wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))

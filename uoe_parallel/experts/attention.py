@@ -52,7 +52,8 @@ class SelectiveMultiHeadAttention(nn.Module):
     only, in sequence order, with rotary angles of their original positions (arXiv 2503.02495,
     section 3, here causal or bidirectional). With "all", only queries are selected, and every head
     has the keys and values of all tokens. A token attends within its document, which it takes the
-    position from; padding attends to nothing, and nothing to it.
+    position from; padding attends to nothing, and nothing to it. Without a `rope_base` positions
+    are the hidden states' own matter, and no angle is turned by them.
 
     Expert i's slice of `qkv` holds the rows of its query heads, then its key, then its value head:
     the order of Megatron's own grouped-query layout.
@@ -66,7 +67,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         *,
-        rope_base: float,
+        rope_base: float | None,
         causal: bool,
         keys_and_values: Literal["selected", "all"],
         bias: bool,
@@ -100,6 +101,8 @@ class SelectiveMultiHeadAttention(nn.Module):
             init_method=qkv_init,
             group=group,
         )
+        if rope_base is None and self.qkv.bias is not None:
+            self.qkv.bias.register_hook(self._without_keys)
         self.output = SlicedRowParallelLinear(
             hidden_size,
             hidden_size,
@@ -156,7 +159,7 @@ class SelectiveMultiHeadAttention(nn.Module):
             q_NHd, k_N1d, v_N1d = self._split(projected, position_N)
             k_Nd, v_Nd = k_N1d.squeeze(1), v_N1d.squeeze(1)
             return self._attend(q_NHd, k_Nd, v_Nd, lengths_G, None, documents, cache)
-        q_NHd = rotate(projected.unflatten(-1, (-1, self.head_width)), position_N, self.rope_base)
+        q_NHd = self._turn(projected.unflatten(-1, (-1, self.head_width)), position_N)
         k_Md, v_Md, key_lengths_G = self._all_keys_and_values(x_RD, documents)
         # All tokens of a document are keys, so a query's place among them is its position.
         keys = Keys(key_lengths_G, position_N)
@@ -171,7 +174,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         keys_and_values = slice(self.queries_per_expert * self.head_width, None)
         kv_EM = self.qkv(x_TD.index_select(0, row_M), None, self.backend, keys_and_values)
         position_M = documents.position_SB.flatten()[row_M]
-        kv_EM2d = rotate(kv_EM.unflatten(-1, (2, -1)), position_M, self.rope_base, kept=1)
+        kv_EM2d = self._turn(kv_EM.unflatten(-1, (2, -1)), position_M, kept=1)
         k_Md, v_Md = kv_EM2d.flatten(0, 1).unbind(1)
         return k_Md, v_Md, lengths_C.repeat(len(kv_EM))
 
@@ -204,11 +207,27 @@ class SelectiveMultiHeadAttention(nn.Module):
         """Lengths by (expert, document) to lengths by (expert, sequence)."""
         return documents.sum_by_sequence(lengths_G.view(-1, documents.count)).flatten()
 
+    def _turn(self, heads: Tensor, position: Tensor, *, kept: int = 0) -> Tensor:
+        """As `rotate`, where positions are rotary."""
+        if self.rope_base is None:
+            return heads
+        return rotate(heads, position, self.rope_base, kept=kept)
+
+    def _without_keys(self, bias_gradient: Tensor) -> Tensor:
+        """The gradient of the projections' biases with zeros for those of keys.
+
+        Without rotary positions such a bias shifts all scores of a query alike, which softmax does
+        not see. What is left of its gradient is rounding, and AdamW would make whole steps of it.
+        """
+        by_expert = bias_gradient.clone().view(-1, self.queries_per_expert + 2, self.head_width)
+        by_expert[:, self.queries_per_expert] = 0
+        return by_expert.view_as(bias_gradient)
+
     def _split(self, qkv: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d], q and k rotated
+        """[..., (H + 2) x d] of one expert to q [..., H, d], k and v [..., 1, d], q and k turned
         by positions that broadcast to [...]."""
         heads = qkv.unflatten(-1, (self.queries_per_expert + 2, self.head_width))
-        heads = rotate(heads, position, self.rope_base, kept=1)
+        heads = self._turn(heads, position, kept=1)
         q, k, v = heads.split((self.queries_per_expert, 1, 1), dim=-2)
         return q, k, v
 

@@ -9,7 +9,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from uoe_parallel.experts.activation import GatedActivation, activate
+from uoe_parallel.experts.activation import GatedActivation, activate, is_gated
 from uoe_parallel.experts.assignment import Assignment
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.cache import KeyValueCache
@@ -70,7 +70,8 @@ class UnionOfMLPExperts(nn.Module):
         super().__init__()
         assert ffn_size % num_experts == 0 and num_experts % group.size() == 0
         self.num_experts = num_experts
-        self.gated = activation == "swiglu"
+        self.activation = activation
+        self.gated = is_gated(activation)
         self.expert_width = ffn_size // num_experts
         self.backend = backend
         self.recompute = recompute
@@ -122,13 +123,13 @@ class UnionOfMLPExperts(nn.Module):
         counts_E = assignment.expert_counts_E
         hidden_NF = self.fc1(assignment.gather(x), counts_E, self.backend)
         # A gate on the narrow hidden row is the gate on the wide result: fc2 is linear.
-        gated_NF = GatedActivation.apply(hidden_NF, gates_N, self.gated)
+        gated_NF = GatedActivation.apply(hidden_NF, gates_N, self.activation)
         return self.fc2(gated_NF, assignment, self.backend)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         """Of the dense block: [..., width of `fc1`] to [..., width of `fc2`], on this rank."""
         by_expert = hidden.unflatten(-1, (-1, self.expert_width * (2 if self.gated else 1)))
-        return activate(by_expert, self.gated).flatten(-2)
+        return activate(by_expert, self.activation).flatten(-2)
 
     def load_dense(self, dense: DenseMLPWeights) -> None:
         """Take this rank's slices of full dense weights."""

@@ -22,10 +22,11 @@ from uoe_parallel.data.tokenizer import (
     padded_vocab_size,
 )
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import check_tokenizer
 from uoe_parallel.inference.weights import load_weights
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.relay import relay_to_all
+from uoe_parallel.model.relay import relay_last_to_all, relay_to_all
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
@@ -56,15 +57,27 @@ class OpenedModel:
         model. Collective over these. memory: as in `LanguageModel.hidden`."""
         return relay_to_all(self.model, tokens_BS, memory)
 
+    def next_logits(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None, memory: DecodingMemory
+    ) -> Tensor:
+        """Logits of the used vocabulary after the last token of each text, [B, V], as `logits`.
+        Within `LanguageModel.replicated_tokens`."""
+        return relay_last_to_all(self.model, tokens_BS, documents_BS, memory)
+
 
 def saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that the checkpoint at `path` was saved with, with overrides on top and checked
-    for the ranks of this launch. Each rank reads by itself.
+    for the ranks of this launch: each holds the whole model if they don't say otherwise, whatever
+    the layout that it was trained on. Each rank reads by itself.
 
     Raises UserError if there is no checkpoint, or for faults of the config.
     """
+    world_size = world_size_from_environment()
     tree: Any = read_manifest(path).state["config"]
-    check = partial(layout_faults, world_size=world_size_from_environment())
+    tree["parallel"] = {}
+    # There is no batch of training to be shared out.
+    tree["training"]["global_batch_size"] = world_size * tree["training"]["micro_batch_size"]
+    check = partial(layout_faults, world_size=world_size)
     return resolve_config(tree, overrides, [check], source=f"the config saved in {path}")
 
 
@@ -90,16 +103,18 @@ def open_model(
     reader = locate_checkpoint(path, groups.world)
     with shared_fate(f"{reader.path} cannot be opened", "See to the named file", groups.world):
         tokenizer = build_tokenizer(config.data.tokenizer)
-        precision = DTYPES[config.training.precision]
-        backend, _ = pick_backend(device, precision, config.training.expert_products, groups.world)
-        num_ids = num_model_ids(tokenizer, config.model.task)
-        model = LanguageModel(
-            config,
-            groups,
-            vocab_size=padded_vocab_size(num_ids, config.model.vocab_multiple),
-            used_vocab_size=num_ids,
-            backend=backend,
-            dtype=precision,
-        ).to(device)
+        check_tokenizer(reader, config.data.tokenizer, tokenizer)
+    precision = DTYPES[config.training.precision]
+    backend, _ = pick_backend(device, precision, config.training.expert_products, groups.world)
+    num_ids = num_model_ids(tokenizer, config.model.task)
+    model = LanguageModel(
+        config,
+        groups,
+        vocab_size=padded_vocab_size(num_ids, config.model.vocab_multiple),
+        used_vocab_size=num_ids,
+        backend=backend,
+        dtype=precision,
+    ).to(device)
+    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
         load_weights(model, reader)
     return OpenedModel(config, reader.step, model.eval(), tokenizer, groups, device)

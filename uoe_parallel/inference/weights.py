@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from uoe_parallel.checkpoint import CheckpointReader
-from uoe_parallel.model.block import RoutedBlock
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.running_rules import named_rules
+from uoe_parallel.model.running_rules import Routes, named_rules
 from uoe_parallel.parallel.sharding import named_shards
 
 
@@ -24,7 +23,7 @@ def load_weights(model: LanguageModel, reader: CheckpointReader) -> None:
     restore_rules(model.routed_blocks(), reader)
 
 
-def restore_rules(blocks: Mapping[str, RoutedBlock], reader: CheckpointReader) -> None:
+def restore_rules(blocks: Mapping[str, Routes], reader: CheckpointReader) -> None:
     """Load the state of routing rules. A rule that the saved run did not have starts afresh."""
     saved = reader.keys()
     for prefix, rule in named_rules(blocks):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.experts.slices import InitMethod
+from uoe_parallel.model.divergence import vocab_parallel_divergence
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.purposes import Purpose, labelled
 
@@ -31,8 +32,15 @@ class _ParallelLogits(ColumnParallelLinear):
         return labelled(Purpose.HEAD, self.tp_group, super().forward, *args, **kwargs)
 
 
+_PADDING_LOGIT = -1e4
+"""Far below every other, and finite: a softmax gives it exactly zero in fp32 and fp64."""
+
+
 class VocabularyHead(nn.Module):
-    """A token at every position: logits [S, B, V/P] of this rank's part of the vocabulary."""
+    """A token at every position: logits [S, B, V/P] of this rank's part of the vocabulary.
+
+    Ids from `used_vocab_size` on only fill the vocabulary up, and have no part in any softmax.
+    """
 
     def __init__(
         self,
@@ -65,7 +73,13 @@ class VocabularyHead(nn.Module):
         # and backward pass then, and not for longer.
         assert self.tied == (embedding is not None)
         weight = embedding.weight if embedding is not None else None
-        return self.logits(x_SBD, weight=weight)[0]
+        logits_SBV = self.logits(x_SBD, weight=weight)[0]
+        # Trained models push padding down by themselves. A converted one has no weights for it, and
+        # logits of zero outweigh those of ids with a meaning where all of these are far below.
+        # Detached: what a softmax gives no share has no gradient either.
+        used = max(self.used_vocab_size - self.group.rank() * logits_SBV.shape[-1], 0)
+        logits_SBV.detach()[..., used:].fill_(_PADDING_LOGIT)
+        return logits_SBV
 
     def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross entropy of every token, nats [B, S], fp32 (fp64 of fp64 logits), the same on every
@@ -78,6 +92,11 @@ class VocabularyHead(nn.Module):
             Purpose.LOSS, self.group, vocab_parallel_cross_entropy, logits_SBV, labels_SB
         )
         return losses_SB.transpose(0, 1)
+
+    def divergences(self, logits_SBV: Tensor, teacher_SBV: Tensor, temperature: float) -> Tensor:
+        """KL of every token from a teacher's prediction, as `vocab_parallel_divergence`, [B, S]."""
+        divergences_SB = vocab_parallel_divergence(logits_SBV, teacher_SBV, temperature, self.group)
+        return divergences_SB.transpose(0, 1)
 
     @torch.no_grad()
     def correct(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -142,6 +161,14 @@ class ClassHead(nn.Module):
     def losses(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
         """Cross entropy of every sequence, nats [B, 1]."""
         return F.cross_entropy(logits_BC, labels_B1.squeeze(1), reduction="none").unsqueeze(1)
+
+    def divergences(self, logits_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+        """KL of every sequence from a teacher's prediction, nats [B, 1]."""
+        student_BC, teacher_BC = (
+            F.log_softmax(x_BC / temperature, dim=-1) for x_BC in (logits_BC, teacher_BC)
+        )
+        divergences_BC = F.kl_div(student_BC, teacher_BC, reduction="none", log_target=True)
+        return divergences_BC.sum(1, keepdim=True)
 
     def correct(self, logits_BC: Tensor, labels_B1: Tensor) -> Tensor:
         """Whether the label has the highest logit: bool [B, 1]."""

@@ -8,161 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from uoe_parallel.config.rules import SELECTIONS, load_rule
-from uoe_parallel.config.schema import RoutingConfig, RunConfig
-from uoe_parallel.experts.attention import SelectiveMultiHeadAttention
+from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.experts.backends import Backend
 from uoe_parallel.experts.documents import Documents
-from uoe_parallel.experts.mlp import UnionOfMLPExperts
-from uoe_parallel.model.block import DenseBlock, RoutedBlock
+from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.model.builder import LayerBuilder
 from uoe_parallel.model.context import Context, micro_batch_context
 from uoe_parallel.model.decoding import DecodingMemory
-from uoe_parallel.model.dropout import Dropout
-from uoe_parallel.model.heads import ClassHead, VocabularyHead
-from uoe_parallel.model.initialization import Initializer
-from uoe_parallel.model.norm import RMSNorm
+from uoe_parallel.model.heads import ClassHead
 from uoe_parallel.model.stages import stage_layers
 from uoe_parallel.parallel.groups import ParallelGroups
-from uoe_parallel.parallel.megatron import megatron_config
-from uoe_parallel.parallel.purposes import Purpose, labelled
 from uoe_parallel.parallel.random import recompute
-from uoe_parallel.parallel.sharding import mark_wide, partition_dim
-from uoe_parallel.routing.router import Router
-
-
-class LayerBuilder:
-    """Builds the layers of a config: the one place that joins config, groups and layers."""
-
-    def __init__(
-        self, config: RunConfig, groups: ParallelGroups, backend: Backend, dtype: torch.dtype
-    ) -> None:
-        self.config = config
-        self.groups = groups
-        self.backend = backend
-        self.dtype = dtype
-        self.recompute = config.training.recompute
-        self.megatron = megatron_config(groups.layout, dtype)
-        self.init = Initializer(config.seed)
-
-    def norm(self) -> RMSNorm:
-        return RMSNorm(
-            self.config.model.hidden_size,
-            eps=self.config.model.norm_eps,
-            dtype=self.dtype,
-            group=self.groups.tensor,
-            sequence_parallel=self.groups.layout.sequence_parallel,
-        )
-
-    def dropout(self) -> Dropout:
-        return Dropout(
-            self.config.model.dropout,
-            sequence_parallel=self.groups.layout.sequence_parallel,
-        )
-
-    def attention(self, layer: int) -> DenseBlock:
-        model, name = self.config.model, f"layers.{layer}.attention"
-        experts = SelectiveMultiHeadAttention(
-            model.hidden_size,
-            model.num_heads,
-            model.kv_heads,
-            rope_base=model.rope_base,
-            causal=model.causal,
-            keys_and_values=self.config.attention.keys_and_values,
-            bias=model.bias,
-            backend=self.backend,
-            config=self.megatron,
-            qkv_init=self.init.normal(f"{name}.qkv", model.init_std),
-            output_init=self.init.normal(f"{name}.output", self._output_std()),
-            group=self._expert_group(self.config.attention, layer),
-            dropout=model.attention_dropout,
-            recompute=self.recompute == "selective",
-        )
-        return self._block(experts, model.kv_heads, layer, "attention")
-
-    def feed_forward(self, layer: int) -> DenseBlock:
-        model, name = self.config.model, f"layers.{layer}.feed_forward"
-        num_experts = self.config.feed_forward.num_experts
-        experts = UnionOfMLPExperts(
-            model.hidden_size,
-            model.ffn_size,
-            num_experts,
-            activation=model.activation,
-            bias=model.bias,
-            backend=self.backend,
-            config=self.megatron,
-            fc1_init=self.init.normal(f"{name}.fc1", model.init_std),
-            fc2_init=self.init.normal(f"{name}.fc2", self._output_std()),
-            group=self._expert_group(self.config.feed_forward, layer),
-            recompute=self.recompute == "selective",
-        )
-        return self._block(experts, num_experts, layer, "feed_forward")
-
-    def head(self, vocab_size: int, used_vocab_size: int) -> VocabularyHead | ClassHead:
-        model, init = self.config.model, self.init.normal("head", self.config.model.init_std)
-        if model.num_classes is not None:
-            return ClassHead(
-                model.hidden_size,
-                model.num_classes,
-                dtype=self.dtype,
-                init=init,
-                group=self.groups.tensor,
-                sequence_parallel=self.groups.layout.sequence_parallel,
-            )
-        return VocabularyHead(
-            model.hidden_size,
-            vocab_size,
-            used_vocab_size,
-            tied=model.tie_embeddings,
-            config=self.megatron,
-            init=init,
-            group=self.groups.tensor,
-        )
-
-    def _block(self, experts: nn.Module, num_experts: int, layer: int, kind: str) -> DenseBlock:
-        routing = self.config.attention if kind == "attention" else self.config.feed_forward
-        tensor, sequence_parallel = self.groups.tensor, self.groups.layout.sequence_parallel
-        if not routing.routes(layer):
-            return DenseBlock(experts, group=tensor, sequence_parallel=sequence_parallel)
-        expert_group = self._expert_group(routing, layer)
-        if expert_group.size() > tensor.size():
-            for param in experts.parameters():
-                if partition_dim(param) is not None:
-                    mark_wide(param, expert_group)
-        router = Router(
-            routing,
-            num_experts=num_experts,
-            context=self.config.model.sequence_length,
-            causal=self.config.model.causal,
-        )
-        router_std = self.config.model.router_init_std
-        return RoutedBlock(
-            experts,
-            routing,
-            router,
-            hidden_size=self.config.model.hidden_size,
-            dtype=self.dtype,
-            router_init=lambda name: self.init.normal(f"layers.{layer}.{kind}.{name}", router_std),
-            loss_weight_per_sequence=self.groups.layout.data
-            / self.config.training.global_batch_size,
-            group=tensor,
-            expert_group=expert_group,
-            data_group=self.groups.data,
-            sequence_parallel=sequence_parallel,
-            recompute=self.recompute == "selective",
-        )
-
-    def _expert_group(self, routing: RoutingConfig, layer: int) -> ProcessGroup:
-        """The ranks that share a block's experts; a dense block is cut like Megatron's."""
-        wide = routing.spread == "expert" and routing.routes(layer)
-        return self.groups.expert if wide else self.groups.tensor
-
-    def _output_std(self) -> float:
-        # Residual branches start smaller the more of them add up (GPT-2).
-        return self.config.model.init_std / (2 * self.config.model.num_layers) ** 0.5
+from uoe_parallel.routing.router import ROUTER_SUFFIX
 
 
 class TransformerBlock(nn.Module):
@@ -186,36 +46,6 @@ class TransformerBlock(nn.Module):
         x_SBD = x_SBD + self.dropout(attended)
         fed = self.feed_forward(self.feed_forward_norm(x_SBD), context)
         return x_SBD + self.dropout(fed)
-
-
-class _ParallelEmbedding(VocabParallelEmbedding):
-    """Megatron's, whose collectives have a name."""
-
-    def forward(self, input_: Tensor) -> Tensor:
-        assert isinstance(self.tp_group, ProcessGroup)
-        return labelled(Purpose.EMBEDDING, self.tp_group, super().forward, input_)
-
-
-class Embedding(nn.Module):
-    """Token ids [B, S] to hidden states [S or S/P, B, D], the vocabulary cut over the group."""
-
-    def __init__(self, builder: LayerBuilder, vocab_size: int) -> None:
-        super().__init__()
-        self.sequence_parallel = builder.groups.layout.sequence_parallel
-        self.tokens = _ParallelEmbedding(
-            vocab_size,
-            builder.config.model.hidden_size,
-            init_method=builder.init.normal("embedding", builder.config.model.init_std),
-            config=builder.megatron,
-            tp_group=builder.groups.tensor,
-        )
-        self.dropout = builder.dropout()
-
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        self.tokens.reduce_scatter_embeddings = self.sequence_parallel
-        hidden = self.tokens(tokens_BS)
-        hidden = hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
-        return self.dropout(hidden)
 
 
 class LanguageModel(nn.Module):
@@ -259,12 +89,15 @@ class LanguageModel(nn.Module):
         head_size = 0 if classifies else vocab_size
         self.stage_layers = stage_layers(config, groups.pipe.size(), head_size)
         first, last = groups.is_first_stage, groups.is_last_stage
-        self.embedding = Embedding(builder, vocab_size) if first or (last and self.tied) else None
+        self.embedding = builder.embedding(vocab_size) if first or (last and self.tied) else None
         self.layers = nn.ModuleDict(
             {str(n): build_layer(builder, n) for n in self.stage_layers[groups.stage]}
         )
         self.final_norm = builder.norm() if last else None
         self.head = builder.head(vocab_size, used_vocab_size) if last else None
+        if config.training.trains == "routers":
+            for name, param in self.named_parameters():
+                param.requires_grad_(name.endswith(ROUTER_SUFFIX))
 
     @property
     def num_shards(self) -> int:
@@ -291,11 +124,11 @@ class LanguageModel(nn.Module):
         """
         if self.groups.is_first_stage:
             assert self.embedding is not None
-            shape = (x.shape[0], x.shape[1])
-            x = self.embedding(x)
+            context = self.context((x.shape[0], x.shape[1]), documents_BS, x.device, memory)
+            x = self.embedding(x, context.documents)
         else:
             shape = (x.shape[1], x.shape[0] * self.num_shards)
-        context = self.context(shape, documents_BS, x.device, memory)
+            context = self.context(shape, documents_BS, x.device, memory)
         for layer in self.layers.values():
             x = layer(x, context)
         if memory is not None:

@@ -1,8 +1,7 @@
 """Which random numbers ranks share, and what is computed again in the backward pass.
 
 DeepSpeed's tracker holds the streams, since its `checkpoint` winds back the tracker's streams and
-the default generator alike, on a CPU as on CUDA. DeepSpeed picks its accelerator when it is
-imported: import this module after `use_device`.
+the default generator alike, on a CPU as on CUDA.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from deepspeed import checkpointing
 from torch import Tensor
 
 from uoe_parallel.parallel.groups import ParallelGroups
@@ -45,7 +44,7 @@ def stream_seed(seed: int, stream: Stream, *, stage: int, data_rank: int, tensor
 def seed_streams(seed: int, groups: ParallelGroups) -> None:
     """Start this process's streams anew. The default generator is left alone: nothing of ours
     draws from it."""
-    tracker = checkpointing.get_cuda_rng_tracker()
+    tracker = _checkpointing().get_cuda_rng_tracker()
     tracker.reset()
     for stream in Stream:
         value = stream_seed(
@@ -65,7 +64,7 @@ def draw_from(stream: Stream, probability: float) -> AbstractContextManager[obje
     """
     if probability == 0:
         return nullcontext()
-    return checkpointing.get_cuda_rng_tracker().fork(stream)
+    return _checkpointing().get_cuda_rng_tracker().fork(stream)
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     if not _differentiates(*inputs):
         return function(*inputs)
-    y = checkpointing.checkpoint(function, *inputs)
+    y = _checkpointing().checkpoint(function, *inputs)
     assert isinstance(y, Tensor)
     return y
 
@@ -115,12 +114,12 @@ def _differentiates(*inputs: Tensor) -> bool:
 
 def shared_stream() -> Tensor:
     """The state of `Stream.TENSOR_GROUP`, the same on all ranks of a tensor group."""
-    return checkpointing.get_cuda_rng_tracker().get_states()[Stream.TENSOR_GROUP]
+    return _checkpointing().get_cuda_rng_tracker().get_states()[Stream.TENSOR_GROUP]
 
 
 def random_states(groups: ParallelGroups) -> dict[str, Tensor]:
     """What this rank has to save, by keys that are unique over all ranks."""
-    tracker, keys = checkpointing.get_cuda_rng_tracker(), _stream_keys(groups)
+    tracker, keys = _checkpointing().get_cuda_rng_tracker(), _stream_keys(groups)
     states = {keys[name]: state for name, state in tracker.get_states().items()}
     if groups.tensor_rank > 0:
         states.pop(keys[Stream.TENSOR_GROUP], None)
@@ -132,7 +131,7 @@ def random_states(groups: ParallelGroups) -> dict[str, Tensor]:
 
 def random_setters(groups: ParallelGroups) -> dict[str, Callable[[Tensor], Any]]:
     """What takes back each state that concerns this rank, by its key."""
-    tracker = checkpointing.get_cuda_rng_tracker()
+    tracker = _checkpointing().get_cuda_rng_tracker()
 
     def set_stream(name: str, state: Tensor) -> None:
         tracker.set_states(tracker.get_states() | {name: state})
@@ -155,3 +154,10 @@ def _stream_keys(groups: ParallelGroups) -> dict[str, str]:
         Stream.TENSOR_GROUP: f"{tensor_group}/{device}",
         Stream.RANK: f"{tensor_group}/tensor-{groups.tensor_rank}/{device}",
     }
+
+
+def _checkpointing() -> ModuleType:
+    # DeepSpeed picks its accelerator when it is imported: after the device is chosen.
+    from deepspeed import checkpointing
+
+    return checkpointing

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from uoe_parallel.config.json_text import write_json
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import rank_from_environment
 from uoe_parallel.planning.hardware import MEASURED, Hardware, known_machines, load_hardware
-from uoe_parallel.verification.report import write_json
 
 MISTAKEN, INTERRUPTED = 2, 130
 """Exit codes, beside 0."""

@@ -26,6 +26,10 @@ class Routing:
     """fp32 (or fp64): the weight of the expert's result, meaningful where the mask is set."""
 
 
+ROUTER_SUFFIX = "router_weight"
+"""Of the names of all routers' weights, and of these alone."""
+
+
 class Router:
     """The rules of one block. They know scores only: no groups, no experts.
 

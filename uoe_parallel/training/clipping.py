@@ -61,14 +61,15 @@ class GradientClipper:
             optimizer.register_step_pre_hook(self._clip)
 
     @torch.no_grad()
-    def measure(self, loss_sum: Tensor) -> tuple[float, float]:
-        """The sum of all data ranks' `loss_sum`, fp64, and the norm of the gradients, for when they
-        are averaged and the optimizer has not moved. Collective over all ranks, in one message.
+    def measure(self, sums_K: Tensor) -> tuple[list[float], float]:
+        """The sums of all data ranks' `sums_K`, fp64, of losses, and the norm of the gradients, for
+        when they are averaged and the optimizer has not moved. Collective over all ranks, in one
+        message.
 
-        `loss_sum` is equal on tensor ranks, and 0 on all pipeline stages but the last. Neither
-        result is finite if a number on any rank is not, also one that another rank counts.
+        `sums_K` are equal on tensor ranks, and 0 on all pipeline stages but the last. Nothing of
+        the result is finite if its like on any rank is not, also where another rank counts.
         """
-        zero = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
+        zero = torch.zeros((), dtype=torch.float64, device=sums_K.device)
         square = zero.clone()
         norms: dict[bool, list[Tensor]] = {True: [zero], False: [zero]}
         for gradient, counts in self._gradients():
@@ -76,11 +77,11 @@ class GradientClipper:
             norms[counts].append(norm.to(zero.device))
         for counts, values in norms.items():
             square += int(counts) * torch.stack(values).square().sum()
-        own = torch.stack((int(self._groups.tensor_rank == 0) * loss_sum, square))
-        total, square = comm.sum_over(own, self._groups.world, purpose=Purpose.JUDGEMENT)
+        own = torch.cat((int(self._groups.tensor_rank == 0) * sums_K, square.unsqueeze(0)))
+        *totals, square = comm.sum_over(own, self._groups.world, purpose=Purpose.JUDGEMENT)
         self._norm = square.sqrt()
         norm = float(self._norm)
-        return float(total), math.inf if norm > _LARGEST_NORM else norm
+        return list(map(float, totals)), math.inf if norm > _LARGEST_NORM else norm
 
     @contextmanager
     def withheld(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ class _Column(NamedTuple):
 
 _COLUMNS = (
     _Column("loss", "loss", "8.4f", on_bar=True),
+    _Column("distillation/divergence", "divergence", "8.4f"),
     _Column("bits_per_byte", "bits/byte", "8.4f"),
     _Column("gradient_norm", "grad norm", "9.3g"),
     _Column("learning_rate", "lr", "8.2e"),
@@ -111,8 +112,9 @@ class TrainingConsole:
     def report(self, step: int, values: Values) -> None:
         """Show `values` after `step` finished steps, inside `progress`.
 
-        Known names are loss, bits_per_byte, gradient_norm, learning_rate, tokens_per_second and
-        load_max_over_mean. Those missing are left out, other names are not shown.
+        Known names are loss, distillation/divergence, bits_per_byte, gradient_norm, learning_rate,
+        tokens_per_second and load_max_over_mean. Those missing are left out, other names are not
+        shown.
         """
         assert self._seen, "report() belongs inside progress()"
         eta = self._eta(step)

@@ -28,7 +28,9 @@ from uoe_parallel.parallel.purposes import Purpose, during
 from uoe_parallel.parallel.sharding import is_wide
 from uoe_parallel.training.anomalies import Anomaly, Guard
 from uoe_parallel.training.clipping import GradientClipper
+from uoe_parallel.training.distillation import Student, objective_of
 from uoe_parallel.training.evaluation import Evaluation
+from uoe_parallel.training.metrics import Values
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
 from uoe_parallel.training.routing_state import move_rules, reset_rules
 from uoe_parallel.training.state import base_optimizer, create_moments
@@ -48,6 +50,8 @@ class StepResult:
     learning_rate: float
     anomaly: Anomaly | None
     """Why the optimizer did not move, if it did not."""
+    distillation: Values
+    """Means per label that counts beside the loss, by the names of metrics."""
 
 
 class TrainingEngine:
@@ -66,6 +70,7 @@ class TrainingEngine:
         deepspeed_logger.setLevel(logging.WARNING)
         self.model = model.to(device)
         self.config = config
+        self.objective = objective_of(config.distillation)
         self.groups = groups
         self.device = device
         optimizer, self.optimizer_name = build_optimizer(
@@ -75,8 +80,7 @@ class TrainingEngine:
             config.parallel.zero_stage,
         )
         module = self._module()
-        if any(is_wide(param) for param in model.parameters()):
-            module.wide_expert_groups = WideExpertGroups(groups)
+        self._tell_of_wide_experts(module)
         # DeepSpeed's optimizer types vary by ZeRO stage and are not declared.
         try:
             engine, *_ = deepspeed.initialize(
@@ -102,7 +106,16 @@ class TrainingEngine:
 
     def _module(self) -> nn.Module:
         """What DeepSpeed trains."""
-        return self.model
+        config = self.config.distillation
+        return Student(self.model, config.temperature) if config.weight > 0 else self.model
+
+    def _tell_of_wide_experts(self, module: nn.Module) -> None:
+        wide = [param for param in self.model.parameters() if is_wide(param)]
+        if any(param.requires_grad for param in wide):
+            module.wide_expert_groups = WideExpertGroups(self.groups)
+        elif wide:
+            # DeepSpeed would miss their optimizer's groups, and only has to know who shares them.
+            WideExpertGroups(self.groups).set_deepspeed_parallelism()
 
     def _model_parallel_unit(self) -> object:
         return ModelParallelUnit(self.groups)
@@ -113,9 +126,10 @@ class TrainingEngine:
         return self.deepspeed(tokens_BS, memory=memory)
 
     def token_losses(self, batch: MicroBatch) -> Tensor:
-        """Cross entropy of every label, nats, of the labels' shape, for a backward pass. For a
-        model of one stage alone."""
-        return self.deepspeed(batch.tokens, batch.labels, batch.documents)
+        """What `objective` names of every label, nats, [K, *labels.shape], for a backward pass. For
+        a model of one stage alone."""
+        losses: Tensor = self.deepspeed(batch.tokens, batch.labels, batch.documents)
+        return losses.reshape(-1, *batch.labels.shape)
 
     def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
         """The losses and which predictions are right, both of the labels' shape; None where a later
@@ -134,39 +148,46 @@ class TrainingEngine:
         Where `guard` finds an anomaly, weights, optimizer and routing rules stay as they are.
         """
         self._step, self._valid_labels = step, max(self.count_valid_labels(batches), 1)
-        self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+        self._sums_K = torch.zeros(len(self.objective), device=self.device, dtype=torch.float64)
         # DeepSpeed averages gradients over data ranks; a sum over all of them is wanted.
         scale = self.groups.layout.data / self._valid_labels
         rate = set_learning_rates(self.deepspeed.optimizer, step, self.config.training)
         self._run(batches, scale, timer)
-        loss, norm, anomaly = self._judged
+        (loss, *others), norm, anomaly = self._judged
         if anomaly is None:
             move_rules(self.model.routed_blocks(), self.groups, self.device)
         else:
             reset_rules(self.model.routed_blocks())
-        return StepResult(loss, norm, rate, anomaly)
+        _, *names = self.objective
+        return StepResult(loss, norm, rate, anomaly, dict(zip(names, others, strict=True)))
 
     def _run(self, batches: list[MicroBatch], scale: float, timer: StepTimer) -> None:
         """All passes, then `_judge_and_move`. `scale`: of the sum of losses."""
         for batch in batches:
             with timer.part("forward"), during("forward"):
-                losses = self.token_losses(batch)
-                loss_sum = (losses * batch.loss_mask).sum()
-                self._loss_sum += loss_sum.detach()
+                loss_sum = self._minimized(self.token_losses(batch), batch.loss_mask)
             with timer.part("backward"):
                 self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
             with timer.part("optimizer"):
                 self.deepspeed.step()
 
+    def _minimized(self, losses: Tensor, mask: Tensor) -> Tensor:
+        """What a micro-batch adds to the sum that is minimized. losses: [K, *mask.shape], as
+        `objective` names them; their sums are noted."""
+        sums = [(values * mask).sum() for values in losses]
+        self._sums_K += torch.stack(sums).detach()
+        weighted = zip(self.objective.values(), sums, strict=True)
+        return torch.stack([weight * total for weight, total in weighted if weight > 0]).sum()
+
     def _judge_and_move(self, *arguments: Any) -> None:
         """Stands in for DeepSpeed's `_take_model_step`: all ranks are here once in a step, with or
         without a pipeline, when gradients are averaged and nothing has moved."""
-        loss_sum, norm = self.clipper.measure(self._loss_sum)
-        loss = loss_sum / self._valid_labels
-        anomaly = self.guard.judge(self._step, loss, norm)
+        sums, norm = self.clipper.measure(self._sums_K)
+        means = [total / self._valid_labels for total in sums]
+        anomaly = self.guard.judge(self._step, means[0], norm)
         with nullcontext() if anomaly is None else self.clipper.withheld():
             self._move(*arguments)
-        self._judged = loss, norm, anomaly
+        self._judged = means, norm, anomaly
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Evaluation:

@@ -18,11 +18,11 @@ _FIXED = (
     "attention.routed_layers",
     "attention.shared_experts",
     "seed",
-    "data.tokenizer",
     "data.reset_at_documents",
     "data.mask_probability",
     "training.global_batch_size",
     "training.precision",
+    "training.trains",
 )
 """Fields of the config, next to those of the model."""
 _NOT_OF_WEIGHTS = {"model": {"dropout", "attention_dropout"}}

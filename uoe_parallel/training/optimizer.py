@@ -11,20 +11,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from uoe_parallel.config.schema import TrainingConfig
+from uoe_parallel.routing.router import ROUTER_SUFFIX
 from uoe_parallel.training.schedule import learning_rate_factor
-
-ROUTER_SUFFIX = "router_weight"
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Groups "decay", "no_decay" (norms and biases) and "router" (no decay, a rate of its own).
 
     Each carries its `peak_lr`. Parameters of wide experts are in groups of their own, under the
-    name and the mark by which DeepSpeed finds the ranks that share them. Groups without parameters
-    are left out.
+    name and the mark by which DeepSpeed finds the ranks that share them. Frozen parameters, and
+    groups without parameters, are left out.
     """
     members: dict[tuple[str, str | None], list[nn.Parameter]] = defaultdict(list)
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         kind = "decay" if param.ndim >= 2 else "no_decay"
         kind = "router" if name.endswith(ROUTER_SUFFIX) else kind
         members[kind, getattr(param, "group_name", None)].append(param)

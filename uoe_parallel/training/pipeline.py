@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.data.batches import MicroBatch
+from uoe_parallel.errors import UserError
 from uoe_parallel.model.decoding import DecodingMemory
-from uoe_parallel.model.language_model import Embedding, LanguageModel
+from uoe_parallel.model.embedding import Embedding
+from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.relay import relay, relay_to_all
 from uoe_parallel.parallel.deepspeed_groups import topology
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.purposes import during
+from uoe_parallel.training.distillation import compare, teaching
 from uoe_parallel.training.engine import TrainingEngine
 from uoe_parallel.training.timers import StepTimer
 
@@ -40,18 +44,31 @@ class PipelineTrainingEngine(TrainingEngine):
         """A micro-batch's part of the step's loss, on the last stage."""
         labels, mask = labels_and_mask
         with during("forward"):
-            loss_sum = (self.model.losses(logits, labels) * mask).sum()
-        self._loss_sum += loss_sum.detach()
-        return loss_sum * self._scale
+            teacher = next(self._teachers)
+            if teacher is None:
+                losses = self.model.losses(logits, labels).unsqueeze(0)
+            else:
+                temperature = self.config.distillation.temperature
+                losses = compare(self.model, logits, teacher, labels, temperature)
+            return self._minimized(losses, mask) * self._scale
 
     def _run(self, batches: list[MicroBatch], scale: float, timer: StepTimer) -> None:
         # DeepSpeed's pipeline divides by the number of micro-batches.
         self._scale = scale * len(batches)
         with timer.part("pipeline"):
+            self._teachers = iter([self._teacher(batch) for batch in batches])
             self.deepspeed.module.documents = iter([batch.documents for batch in batches])
             self.deepspeed.train_batch(
                 iter([(batch.tokens, (batch.labels, batch.loss_mask)) for batch in batches])
             )
+
+    def _teacher(self, batch: MicroBatch) -> Tensor | None:
+        """Its logits on the last stage, which keeps them of all micro-batches of a step; None on
+        others, and without one."""
+        if self.config.distillation.weight == 0:
+            return None
+        with teaching(self.model), during("forward"):
+            return relay(self.model, batch.tokens, batch.documents)
 
     def judged(self, batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
         logits = relay(self.model, batch.tokens, batch.documents)
@@ -64,9 +81,23 @@ class PipelineTrainingEngine(TrainingEngine):
 def build_engine(
     model: LanguageModel, config: RunConfig, groups: ParallelGroups, device: torch.device
 ) -> TrainingEngine:
-    """The engine that suits the number of stages."""
+    """The engine that suits the number of stages. Raises UserError on every rank if there is
+    nothing to train on one of them."""
+    if config.training.trains == "routers":
+        _check_routers(model.stage_layers, config)
     kind = TrainingEngine if groups.layout.pipeline == 1 else PipelineTrainingEngine
     return kind(model, config, groups, device)
+
+
+def _check_routers(stages: Sequence[range], config: RunConfig) -> None:
+    routed = {int(block.split(".")[1]) for block in config.routed_blocks}
+    for number, layers in enumerate(stages):
+        if routed.isdisjoint(layers):
+            raise UserError(
+                f'training.trains = "routers" leaves pipeline stage {number} nothing to train: no '
+                f"layer of {layers.start} to {layers.stop - 1} is routed; use a smaller "
+                f"parallel.pipeline than {len(stages)}, or route layers of every stage"
+            )
 
 
 class LanguageModelPipeline(PipelineModule):
@@ -116,4 +147,7 @@ class _TiedEmbedding(TiedLayerSpec):
 
     def build(self, log: bool = False) -> Embedding:
         assert self._embedding is not None
+        weight: Any = self._embedding.tokens.weight
+        if not weight.requires_grad:
+            weight._hp_grad = None  # which DeepSpeed asks for in bf16 whether it is trained or not
         return self._embedding

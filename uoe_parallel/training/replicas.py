@@ -171,7 +171,9 @@ class Replicas:
 
     @property
     def _num_kinds(self) -> int:
-        """Tensors of a parameter that are compared, the same number on every stage."""
+        """Tensors of a tied weight that are compared, the same number on every stage."""
+        if self._engine.config.training.trains == "routers":
+            return 1
         states = replicated_states(self._engine.deepspeed)
         return 1 + max((len(kinds) for kinds in states.values()), default=0)
 

@@ -1,16 +1,16 @@
 """Between the engine's state and checkpoint entries: the one place that reaches into DeepSpeed.
 
-Every parameter has the entries "<name>/weight" (in the model's dtype), "<name>/exp_avg" and
-"<name>/exp_avg_sq", and in bf16 runs "<name>/master", the fp32 weight: full tensors, described by
-global shape and offset, whatever ZeRO stage and layout held them. Routing rules that move between
-steps have entries of their own (`routing_state`).
+Every parameter has the entry "<name>/weight" (in the model's dtype), and one that is trained has
+"<name>/exp_avg", "<name>/exp_avg_sq" and in bf16 runs "<name>/master", the fp32 weight: full
+tensors, described by global shape and offset, whatever ZeRO stage and layout held them. Routing
+rules that move between steps have entries of their own (`routing_state`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import add
 from typing import Any
 
@@ -34,7 +34,6 @@ from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.random import random_setters, random_states
 from uoe_parallel.parallel.sharding import (
-    Shard,
     boxes,
     counts_once,
     is_wide,
@@ -44,6 +43,8 @@ from uoe_parallel.parallel.sharding import (
 from uoe_parallel.training.routing_state import capture_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", "master", *MOMENTS)
+"""Of a parameter's entries."""
 
 
 def base_optimizer(engine: Any) -> Optimizer:
@@ -89,14 +90,14 @@ def _stepped_tensors(engine: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
 
 
 def _plain_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Without ZeRO: each parameter's fp32 weight, which in fp32 runs is the parameter itself."""
+    """Without ZeRO: each trained parameter's fp32 weight, in fp32 runs the parameter itself."""
     wrapper = engine.optimizer
     if engine.zero_optimization() or isinstance(wrapper, BF16_Optimizer):
         return {}
     if hasattr(wrapper, "fp16_groups"):  # DeepSpeed's name also for bf16
         params = itertools.chain.from_iterable(wrapper.fp16_groups)
         return dict(zip(params, itertools.chain.from_iterable(wrapper.fp32_groups), strict=True))
-    return {param: param for param in engine.module.parameters()}
+    return {param: param for param in engine.module.parameters() if param.requires_grad}
 
 
 def replicated_states(engine: Any) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -164,6 +165,8 @@ def _kept(
     """The first element of the flattened parameter that this rank writes, and from there on its
     weight, master and moments, flat. `share`: what it writes of a parameter that ranks keep
     alike."""
+    if not param.requires_grad and not hasattr(param, "ds_id"):
+        return share.start, {"weight": param.flatten()[share]}
     if plain:
         master = plain[param]
         state = base_optimizer(engine).state[master]
@@ -173,11 +176,10 @@ def _kept(
     if hasattr(param, "ds_id"):
         size = held.ds_tensor.ds_numel
         start = size * held.ds_process_group.rank()
-        parts = {
-            "weight": held.ds_tensor,
-            "master": safe_get_local_fp32_param(param),
-            **{name: safe_get_local_optimizer_state(param, name) for name in MOMENTS},
-        }
+        parts = {"weight": held.ds_tensor}
+        if param.requires_grad:
+            parts["master"] = safe_get_local_fp32_param(param)
+            parts |= {name: safe_get_local_optimizer_state(param, name) for name in MOMENTS}
         # The last partition ends in padding.
         size = max(min(size, held.ds_numel - start), 0)
         return start, {kind: values.flatten()[:size] for kind, values in parts.items()}
@@ -206,38 +208,53 @@ def restore(
     for group in base_optimizer(engine).param_groups:
         if "step" in group:  # apex counts per group
             group["step"] = updates
-    saved, masters = reader.keys(), _plain_masters(engine)
-    failure: Exception | None = None
-    for name, param, shard in named_shards(model, groups):
-        try:
-            values = _read_values(reader, name, shard)
-        except (OSError, SafetensorError) as error:
-            # What follows is collective: a rank that cannot read must not leave the others in it.
-            failure = failure or error
-            values = dict.fromkeys(("weight", *MOMENTS), torch.zeros(shard.shape))
-        values = {kind: value.to(engine.device) for kind, value in values.items()}
-        _set_weight(param, values["weight"])
-        _set_full(engine, masters, param, values.get("master", values["weight"]), None)
-        for moment in MOMENTS:
-            _set_full(engine, masters, param, values[moment], moment)
-    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
-        if failure is not None:
-            raise failure
-        restore_rules(model.routed_blocks(), reader)
+    _load(engine, model, groups, reader, KINDS)
+    saved = reader.keys()
     for key, setter in random_setters(groups).items():
         # A layout with more ranks than the saved one keeps the state its seed gave it.
         if key in saved:
             setter(reader.read(key))
 
 
-def _read_values(reader: CheckpointReader, name: str, shard: Shard) -> dict[str, Tensor]:
-    """A parameter's entries by kind."""
-    saved = reader.keys()
-    return {
-        kind: reader.read(f"{name}/{kind}", shard.offsets, shard.shape)
-        for kind in ("weight", "master", *MOMENTS)
-        if f"{name}/{kind}" in saved
-    }
+def adopt(
+    engine: Any, model: LanguageModel, groups: ParallelGroups, reader: CheckpointReader
+) -> None:
+    """Load weights and routing rules of another run's checkpoint; what it lacks stays as it is.
+    Collective over all ranks."""
+    _load(engine, model, groups, reader, ("weight",))
+
+
+def _load(
+    engine: Any,
+    model: LanguageModel,
+    groups: ParallelGroups,
+    reader: CheckpointReader,
+    kinds: Sequence[str],
+) -> None:
+    """These kinds of every parameter's entries, and routing rules, as far as they were saved."""
+    saved, masters = reader.keys(), _plain_masters(engine)
+    failure: Exception | None = None
+    for name, param, shard in named_shards(model, groups):
+        found = [kind for kind in kinds if f"{name}/{kind}" in saved]
+        if not found:
+            continue
+        try:
+            values = {k: reader.read(f"{name}/{k}", shard.offsets, shard.shape) for k in found}
+        except (OSError, SafetensorError) as error:
+            # What follows is collective: a rank that cannot read must not leave the others in it.
+            failure = failure or error
+            values = dict.fromkeys(found, torch.zeros(shard.shape))
+        values = {kind: value.to(engine.device) for kind, value in values.items()}
+        _set_weight(param, values["weight"])
+        if not param.requires_grad:
+            continue
+        _set_full(engine, masters, param, values.get("master", values["weight"]), None)
+        for moment in filter(values.__contains__, MOMENTS):
+            _set_full(engine, masters, param, values[moment], moment)
+    with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
+        if failure is not None:
+            raise failure
+        restore_rules(model.routed_blocks(), reader)
 
 
 def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from signal import Signals
 
 import torch
@@ -23,8 +24,9 @@ from uoe_parallel.data.corpora import EvaluationSplit, open_run_data
 from uoe_parallel.data.tokenizer import build_tokenizer, num_model_ids, padded_vocab_size
 from uoe_parallel.errors import Interrupted, UserError
 from uoe_parallel.experts.backends import pick_backend
+from uoe_parallel.inference.same_tokenizer import STATE_KEY, check_tokenizer
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.norm import choose_rms_norm
+from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.device import Device
@@ -40,6 +42,7 @@ from uoe_parallel.training.identity import check_resumable, run_identity
 from uoe_parallel.training.interruption import Interruption
 from uoe_parallel.training.metrics import Value
 from uoe_parallel.training.observer import StepObserver
+from uoe_parallel.training.origin import start_from
 from uoe_parallel.training.pipeline import build_engine
 from uoe_parallel.training.progress import Progress
 from uoe_parallel.training.recovery import Recovery
@@ -104,7 +107,7 @@ class Trainer:
         )
         self.engine = build_engine(self.model, config, groups, device.torch_device)
         self.num_parameters = self._count_parameters()
-        _, norm = choose_rms_norm(device.torch_device.type)
+        _, norm = choose_norm(config.model.norm, device.torch_device.type)
         self.picks = f"{norm}, {self.engine.optimizer_name}"
         blocks = self.model.routed_blocks()
         self.routes = RunRoutes(config, groups, blocks, device.torch_device)
@@ -239,6 +242,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "progress": self.progress.as_state(),
             "guard": self.engine.guard.as_state(),
+            STATE_KEY: self.tokenizer.fingerprint,
             "identity": run_identity(self.config, self.data.train.fingerprint),
         }
         self.saver.save(self.step, captured, state)
@@ -250,12 +254,15 @@ class Trainer:
         reader = find_checkpoint(self.folder.checkpoints, self.groups.world)
         if reader is not None:
             with shared_fate("the run cannot be resumed", "See to the data", self.groups.world):
+                check_tokenizer(reader, self.config.data.tokenizer, self.tokenizer)
                 check_resumable(reader, run_identity(self.config, self.data.train.fingerprint))
             self._restore(reader)
             self.console.say(
                 f"resuming from {reader.path}: {self.step} of {self.config.training.steps} steps "
                 "are done"
             )
+        elif self.config.checkpoint.start_from is not None:
+            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
@@ -330,6 +337,7 @@ class Trainer:
             "loss": result.loss,
             **loss_of_text(self.config.model.task, result.loss),
             "gradient_norm": result.gradient_norm,
+            **result.distillation,
             "learning_rate": result.learning_rate,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "tokens": float(self.step * self.tokens_per_step),

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
+from uoe_parallel.config.json_text import write_json
 from uoe_parallel.config.load import load_config
 from uoe_parallel.config.schema import Precision
 from uoe_parallel.errors import UserError
@@ -22,7 +23,7 @@ from uoe_parallel.verification.compare import (
     differing_fields,
 )
 from uoe_parallel.verification.record import RunRecord
-from uoe_parallel.verification.report import Report, Row, write_json
+from uoe_parallel.verification.report import Report, Row
 from uoe_parallel.verification.request import (
     FaultKind,
     FaultRequest,

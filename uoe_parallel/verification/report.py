@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from uoe_parallel.errors import UserError
 from uoe_parallel.verification.compare import INITIAL_WEIGHTS, QUANTITIES, Beyond, Comparison
 from uoe_parallel.verification.ranks import Failure
 from uoe_parallel.verification.record import RoutesSeen
@@ -180,26 +177,6 @@ class Report:
     def _line(self, name: str, cells: Sequence[str]) -> str:
         cells = [f"{cell:>{_NUMBER}}" for cell in cells]
         return "".join([f"{name:{self._first_column}}", *cells]).rstrip()
-
-
-def write_json(path: Path, content: Mapping[str, Any], *, option: str = "--json") -> None:
-    """Raises UserError, which names the `option` that the path is from, if it can't be written."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from None
-
-
-def _plain(value: Any) -> Any:
-    """With null for the infinities and NaN, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console(stream: Any) -> Console:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from uoe_parallel.config.json_text import write_json
 from uoe_parallel.config.schema import Precision, RunConfig
 from uoe_parallel.errors import UserError
 from uoe_parallel.verification.compare import compare
 from uoe_parallel.verification.layouts import Candidate, Selection, candidates, reasons, select
 from uoe_parallel.verification.ranks import Failure, LocalRanks
 from uoe_parallel.verification.record import RunRecord
-from uoe_parallel.verification.report import Report, Row, write_json
+from uoe_parallel.verification.report import Report, Row
 from uoe_parallel.verification.request import FaultRequest, PlantedFault, Request
 from uoe_parallel.verification.settings import changes, comparable, shrunken, with_routes
 

@@ -45,8 +45,13 @@ class Threshold(Running):
 
     def __call__(self, scores_SBE: Tensor, units: Units) -> Tensor:
         self.to(scores_SBE.device)
+        return scores_SBE > self.in_force_E
+
+    @property
+    def in_force_E(self) -> Tensor:
+        """What scores have to be above, fp64: -inf while all experts are taken."""
         takes_all = (self.state["steps"] < self.warmup) | (self.share >= 1)
-        return (scores_SBE > self.state["threshold"]) | (takes_all & (scores_SBE > -torch.inf))
+        return self.state["threshold"].masked_fill(takes_all, -torch.inf)
 
     def observe(self, scores_SBE: Tensor, mask_SBE: Tensor, counted_SB: Tensor) -> None:
         self.to(scores_SBE.device)

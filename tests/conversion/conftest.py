@@ -1,0 +1,16 @@
+"""Fixtures of these tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.hugging_face import transformers
+
+
+@pytest.fixture
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that comes with a model is copied to `tmp_path` and imported from there."""
+    for module in (transformers().utils.hub, transformers().dynamic_module_utils):
+        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))

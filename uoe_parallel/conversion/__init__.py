@@ -1,0 +1,1 @@
+"""Between Hugging Face checkpoints and ours: dense models sliced into experts, and back."""
