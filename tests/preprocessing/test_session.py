@@ -250,6 +250,16 @@ def test_a_prefix_that_cannot_be_written_is_told(tmp_path: Path, request_: Reque
             make(replace(request_, prefix=tmp_path / name))
 
 
+def test_results_among_the_sources_are_refused(tmp_path: Path, request_: Request) -> None:
+    message = "what is written there would belong to"
+    with pytest.raises(UserError, match=message):
+        make(replace(request_, prefix=tmp_path / "texts" / "made" / "corpus"))
+    make(request_)
+    for pattern in ("out/*.json", "out/*.txt"):
+        with pytest.raises(UserError, match=message):
+            make(replace(request_, arguments=[str(tmp_path / pattern)]))
+
+
 class Meddling(ByteTokenizer):
     """Takes a word for an end, and calls another function at some texts."""
 

@@ -33,7 +33,7 @@ Exit codes: 0 made; 2 a mistake in the command, or a source that cannot be used;
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `sources_of` and `reading_of` read."""
+    """The sources, and what `reading_of` reads."""
     parser.add_argument(
         "sources",
         nargs="+",

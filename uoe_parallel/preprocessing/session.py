@@ -91,6 +91,7 @@ def preprocess(request: Request, display: Display) -> Corpus:
     recipe = Recipe(request.reading, request.tokenizer, tokenizer.fingerprint, dtype)
     try:
         sources = find_sources(request.arguments, request.reading)
+        _refuse_own_files(sources, request.prefix)
         with _own_folder(Path(f"{request.prefix}{_PARTS}")) as folder:
             parts, counts = _make_all(request, recipe, sources, folder, display)
             corpus = _join(request, recipe, sources, parts, counts, folder, display)
@@ -107,8 +108,22 @@ def _check_prefix(prefix: Path) -> None:
     if prefix.suffix in (".bin", ".idx") or prefix.is_dir():
         raise UserError(
             f"--output {prefix}: name the path of the .bin and .idx files without these endings, "
-            f"such as {prefix.with_suffix('') if prefix.suffix else prefix / 'train'}"
+            f"such as {prefix / 'train' if prefix.is_dir() else prefix.with_suffix('')}"
         )
+
+
+def _refuse_own_files(sources: list[Source], prefix: Path) -> None:
+    """What a corpus is made of must not change by the making of it."""
+    output = prefix.resolve()
+    own = {output.with_name(f"{output.name}{ending}") for ending in (*_ENDINGS, _PARTS)}
+    for source in sources:
+        folder = Path(source.argument).resolve()
+        paths = [file.path.resolve() for file in source.files]
+        if folder in output.parents or any(own & {path, *path.parents} for path in paths):
+            raise UserError(
+                f"--output {prefix}: what is written there would belong to {source.argument} when "
+                "the command is repeated; name a place outside the sources"
+            )
 
 
 @contextmanager

@@ -39,8 +39,11 @@ def make_parts(
     # The pipe is closed before the pool waits for its workers: there may be hours left to read of
     # what they have in hand when something ends the run.
     with reader, pool, writer:
+        # Not `pool.map`, which cancels what is left: a pool that loses its workers trips over that.
+        futures = [pool.submit(_make, piece) for piece in pieces]
         try:
-            yield from pool.map(_make, pieces)
+            for future in futures:
+                yield future.result()
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker was killed, as the system does where memory runs out; repeat the command "
