@@ -9,7 +9,9 @@ from typing import Any
 from uoe_parallel.checkpoint import CheckpointReader, locate_checkpoint
 from uoe_parallel.config.faults import ABSENT, show
 from uoe_parallel.config.schema import RunConfig
+from uoe_parallel.data.tokenizer import Tokenizer
 from uoe_parallel.errors import UserError
+from uoe_parallel.inference.same_tokenizer import check_tokenizer
 from uoe_parallel.parallel.agreement import broadcast_json, gather_json, shared_fate
 from uoe_parallel.parallel.sharding import named_shards
 from uoe_parallel.routing.router import ROUTER_SUFFIX
@@ -23,17 +25,18 @@ _NOT_OF_WEIGHTS = {
 """Fields of the model that its weights mean the same without, or that their shapes tell."""
 
 
-def start_from(path: Path, engine: TrainingEngine) -> str:
+def start_from(path: Path, engine: TrainingEngine, tokenizer: Tokenizer) -> str:
     """Load the weights and routing rules of the checkpoint at `path` into a model that has not been
     trained; what there is to tell about it.
 
     path: as `locate_checkpoint` takes it. Routers and rules that it does not have stay as they are.
     Collective over all ranks. Raises UserError on every rank if there is no checkpoint, or one of
-    another model.
+    another model or tokenizer.
     """
     groups = engine.groups
     reader = locate_checkpoint(path, groups.world)
     with shared_fate(f"{reader.path} cannot be read", "See to the named file", groups.world):
+        check_tokenizer(reader, engine.config.data.tokenizer, tokenizer)
         if faults := [*_other_fields(reader, engine.config), *_other_shapes(reader, engine)]:
             raise UserError(
                 f"checkpoint.start_from: {reader.path} is of another model:\n  "

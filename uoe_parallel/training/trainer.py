@@ -262,7 +262,8 @@ class Trainer:
                 "are done"
             )
         elif self.config.checkpoint.start_from is not None:
-            self.console.say(start_from(Path(self.config.checkpoint.start_from), self.engine))
+            origin = Path(self.config.checkpoint.start_from)
+            self.console.say(start_from(origin, self.engine, self.tokenizer))
         self.folder.open(self.step if reader else None)
 
     def _restore(self, reader: CheckpointReader) -> None:
