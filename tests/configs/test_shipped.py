@@ -89,6 +89,7 @@ def _shrunk(config: RunConfig, tensor: int, corpus: Path) -> list[str]:
         f"model.ffn_size={8 * config.feed_forward.num_experts}",
         "model.sequence_length=16",
         f"data.train={corpus}",
+        "data.tokenizer=bytes",
         "data.validation=null",
         "data.test=null",
         "training.validate_every=0",

@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conversion.hugging_face import load, logits, transformers
+from tests.conversion.hugging_face import load, logits
 from tests.conversion.saved_models import save_and_run
 from tests.harness import Ranks
 from tests.model.cases import random_tokens
 from tests.model.rules import CAUSAL_RULES
-from tests.tiny import USED_VOCAB_SIZE, tiny_config
+from tests.tiny import tiny_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.conversion import export_folder
 from uoe_parallel.conversion.export_uoe import _rounded_down, export
-from uoe_parallel.data.tokenizer import ByteTokenizer
 from uoe_parallel.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -36,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no biases, untied": {"model": {"bias": False, "tie_embeddings": False, "activation": "gelu"}},
     "dense": {"attention": {"routed_layers": "none"}, "feed_forward": {"routed_layers": []}},
     "warm-up": {"feed_forward": {"selection": "threshold"}},
+    "ties": {"model": {"router_init_std": 1e-320}},
 }
 FEW = (
     "patches with capacity",
@@ -46,6 +46,7 @@ FEW = (
     "softmax of chosen",
     "GPT-2's parts",
     "no biases, untied",
+    "ties",
 )
 STEPWISE = ("patches with capacity", "segments, then patches", "GPT-2's parts")
 PADDING = [0, 3, 7, 12]
@@ -184,16 +185,6 @@ def test_files_of_a_bounded_size(
     assert index["metadata"]["total_size"] == written.bytes
     found = logits(load(tmp_path / "out"), random_tokens(config))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-
-
-def test_bytes_are_a_tokenizer_of_transformers(saved: dict[str, Saved], tmp_path: Path) -> None:
-    assert export(saved["bias"].run, tmp_path / "out").has_tokenizer
-    tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = "Ein Text,\n\tmit \x00 und «Größe» 漢字 🙂 <|endoftext"
-    assert tokenizer(text).input_ids == ByteTokenizer().encode(text).tolist()
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.eos_token_id == ByteTokenizer.eod
-    assert len(tokenizer) == USED_VOCAB_SIZE
 
 
 def test_thresholds_let_the_same_scores_pass_when_they_are_rounded() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 from tests.conversion import dense_models
@@ -19,6 +21,7 @@ from tests.programs import Outcome
 from uoe_parallel.checkpoint import locate_checkpoint
 from uoe_parallel.conversion.export_dense import merge
 from uoe_parallel.conversion.program import main
+from uoe_parallel.data.tokenizer import build_tokenizer
 from uoe_parallel.inference.opening import opened, saved_config
 
 ROUTED = ("feed_forward.num_experts=8", "attention.routed_layers=all", "attention.top_k=1")
@@ -189,6 +192,25 @@ def test_a_half_precision_model_stays_one(ranks: Ranks, tmp_path: Path) -> None:
     weight = reader.read("layers.1.attention.experts.output.weight/weight")
     assert torch.equal(weight, model.model.layers[1].self_attn.o_proj.weight.detach())
     assert reader.dtype("layers.1.feed_forward.router_weight/weight") is torch.float32
+
+
+def test_the_tokenizer_comes_along(ranks: Ranks, tmp_path: Path) -> None:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([TEXT], vocab_size=280, special_tokens=["<|endoftext|>"])
+    model = dense_models.dense_model("llama", vocab_size=trained.get_vocab_size())
+    source = dense_models.save(model, tmp_path / "source")
+    trained.save(str(source / "tokenizer.json"))
+    run = tmp_path / "run"
+    [outcome] = ranks(1).run(call, "import", str(source), str(run))
+    assert outcome.code == 0, outcome.err
+    assert "vocabulary" not in outcome.out
+    # Which the model is from now on opened with, wherever the source is.
+    shutil.rmtree(source)
+    tokenizer = build_tokenizer(saved_config(run).data.tokenizer)
+    reader = locate_checkpoint(run, None)
+    assert reader.state["tokenizer"] == tokenizer.fingerprint
+    assert reader.shape("embedding.tokens.weight/weight") == (280, 32)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
 def test_a_run_folder_is_not_written_over(ranks: Ranks, tmp_path: Path) -> None:

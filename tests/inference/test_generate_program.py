@@ -9,7 +9,7 @@ from tests.harness import Ranks
 from tests.inference.cases import call
 from tests.programs import Outcome
 from uoe_parallel.inference.generate_program import main
-from uoe_parallel.inference.generation import harmless
+from uoe_parallel.inference.terminal import harmless
 
 
 def write(*arguments: str) -> Outcome:

@@ -9,8 +9,9 @@ from tests.harness import Ranks
 from tests.inference.cases import open_tiny
 from tests.model.rules import CAUSAL_RULES
 from uoe_parallel.errors import UserError
-from uoe_parallel.inference.generation import Continuation, generate, harmless
+from uoe_parallel.inference.generation import Continuation, generate
 from uoe_parallel.inference.sampling import Sampling
+from uoe_parallel.inference.terminal import harmless
 
 PROMPTS = ["def ", "A d\u00e9j\u00e0 vu that is longer than the context", "x"]
 LAYOUTS: dict[str, dict[str, Any]] = {

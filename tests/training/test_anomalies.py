@@ -109,17 +109,17 @@ def _live(
 def _planted(trainer: Trainer, fault: str | None) -> Iterator[None]:
     """A step in which a number on this rank is not what it should be."""
     clipper = trainer.engine.clipper
-    measure: Callable[[Tensor], tuple[float, float]] = clipper.measure
+    measure: Callable[[Tensor], tuple[list[float], float]] = clipper.measure
     # Whole on tensor ranks, of which this is not the one that counts it in the norm.
     norm = next(m for n, m in trainer.model.named_modules() if n.endswith("norm"))
     factor = {"loss": math.nan, "spike": 100.0}.get(fault or "", 1.0)
     hook = None
 
-    def measured(loss_sum: Tensor) -> tuple[float, float]:
+    def measured(sums_K: Tensor) -> tuple[list[float], float]:
         if fault == "reduced gradient":
             for gradient, _ in clipper._gradients():
                 gradient.fill_(math.nan)
-        return measure(loss_sum * factor)
+        return measure(sums_K * factor)
 
     if fault == "gradient":
         hook = norm.get_parameter("weight").register_hook(lambda g: g * math.inf)

@@ -11,6 +11,7 @@ from tests.harness import Ranks
 from tests.model.cases import relative_difference
 from tests.tiny import tiny_config
 from tests.training.cases import (
+    REALLY_RELEASED,
     Outcome,
     assemble,
     evaluate,
@@ -115,17 +116,6 @@ def test_bf16_masters_begin_as_the_weights(
     for name in names:
         assert torch.equal(full[f"{name}/master"], full[f"{name}/weight"]), name
         assert not full[f"{name}/exp_avg"].any()
-
-
-# Without these, DeepSpeed keeps parameters as small as the tests' whole on every rank.
-REALLY_RELEASED = {
-    "zero_optimization": {
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 0,
-    }
-}
 
 
 @pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tests.harness import Ranks
 from tests.programs import call_program, only_complaint, write_run
 from tests.training.runs import config_of, live, tensors_of
+from uoe_parallel.checkpoint.manifest import MANIFEST_NAME, seal, unseal
 from uoe_parallel.config.load import load_config
 
 STANDING: dict[str, Any] = {"steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
@@ -130,3 +132,16 @@ def test_missing_checkpoint_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> 
     path = write_run(tmp_path, checkpoint={"start_from": str(tmp_path / "gone")})
     message = only_complaint(ranks(2).run(call_program, "--config", path))
     assert "gone" in message and "holds no whole checkpoint" in message
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(
+    ranks: Ranks, source: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source / "checkpoints", tmp_path / "checkpoints")
+    [folder] = (tmp_path / "checkpoints").iterdir()
+    manifest = unseal((folder / MANIFEST_NAME).read_text())
+    told = manifest.model_copy(update={"state": manifest.state | {"tokenizer": "another"}})
+    (folder / MANIFEST_NAME).write_text(seal(told.model_dump()))
+    path = write_run(tmp_path, checkpoint={"start_from": str(tmp_path / "checkpoints")})
+    message = only_complaint(ranks(2).run(call_program, "--config", path))
+    assert "data.tokenizer" in message and "another" in message

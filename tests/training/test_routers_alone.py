@@ -13,7 +13,7 @@ from tests.harness import Ranks
 from tests.model.cases import relative_difference
 from tests.programs import call_program, only_complaint, write_run
 from tests.tiny import tiny_config, write_corpus
-from tests.training.cases import Outcome, assemble, run_engine, run_plainly
+from tests.training.cases import REALLY_RELEASED, Outcome, assemble, run_engine, run_plainly
 from tests.training.runs import config_of, live, tensors_of
 from uoe_parallel.analysis.simulate import simulate_world
 
@@ -54,7 +54,7 @@ LAYOUTS = [
 def test_routers_move_as_in_plain_torch_and_nothing_else_does(
     ranks: Ranks, plain: Outcome, world: int, parallel: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    config = tiny_config(parallel=parallel, training=training)
+    config = tiny_config(parallel=parallel, training=training, deepspeed=REALLY_RELEASED)
     before = assemble(ranks(world).run(run_engine, config, steps=0))
     outcomes = ranks(world).run(run_engine, config)
     after = assemble(outcomes)

@@ -304,6 +304,8 @@ class LoggingConfig(Section):
 
     every: PositiveInt = 10
     tensorboard: bool = True
+    prompt: str = Field(default="The ", min_length=1)
+    """What the text begins with that is sampled from the model when the run ends."""
 
 
 class RoutesConfig(Section):

@@ -61,14 +61,15 @@ def write_model(
     """Write the new folder `out`: `tensors`, config.json of `config` and what all models have in
     common, the tokenizer, and copies of the files in `code`. Raises UserError."""
     with _new_folder(out) as folder:
-        eod = source.tokenizer.eod
-        ids = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
-        dtype = str(source.dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", {**config, **ids, "torch_dtype": dtype})
-        _write_json(folder / "generation_config.json", ids)
+        eod, dtype = source.tokenizer.eod, str(source.dtype).removeprefix("torch.")
+        ends = {"bos_token_id": None, "eos_token_id": eod}  # nothing is put before a text
+        _write_json(folder / "config.json", {**config, **ends, "torch_dtype": dtype})
+        # Not in config.json: a model of transformers does not train the embedding of padding.
+        _write_json(folder / "generation_config.json", {**ends, "pad_token_id": eod})
         for file in code:
             shutil.copyfile(file, folder / file.name)
-        has_tokenizer = write_tokenizer(folder, source)
+        name, context = source.config.data.tokenizer, source.config.model.sequence_length
+        has_tokenizer = write_tokenizer(folder, name, eod=eod, context=context)
         files = _write_weights(folder, tensors)
     return Exported(
         step=source.reader.step,

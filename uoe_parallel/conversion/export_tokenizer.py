@@ -9,16 +9,14 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from uoe_parallel.conversion.export_source import Source
-
 _END = "<|endoftext|>"
 """Of a tokenizer that has no text for the id that ends documents."""
 
 
-def write_tokenizer(folder: Path, source: Source) -> bool:
-    """Write the run's tokenizer; returns whether AutoTokenizer finds it: a SentencePiece model is
-    copied, and needs a class that the user knows. Raises OSError."""
-    name, eod = source.config.data.tokenizer, source.tokenizer.eod
+def write_tokenizer(folder: Path, name: str, *, eod: int, context: int) -> bool:
+    """Write the tokenizer that `data.tokenizer` names, with the id that ends documents as its end
+    of text; returns whether AutoTokenizer finds it: a SentencePiece model is copied, and needs a
+    class that the user knows. context: in tokens. Raises OSError."""
     if name.endswith(".model"):
         shutil.copyfile(name, folder / "tokenizer.model")
         return False
@@ -30,10 +28,9 @@ def write_tokenizer(folder: Path, source: Source) -> bool:
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
         "eos_token": end,
         "pad_token": end,
-        "model_max_length": source.config.model.sequence_length,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

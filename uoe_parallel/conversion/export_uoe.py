@@ -17,7 +17,7 @@ from uoe_parallel.conversion import exported
 from uoe_parallel.conversion.export_folder import Exported, ExportedTensor, write_model
 from uoe_parallel.conversion.export_source import Source
 from uoe_parallel.errors import UserError
-from uoe_parallel.inference.weights import restore_rules
+from uoe_parallel.inference.rules import restore_rules
 from uoe_parallel.routing.level import Level
 from uoe_parallel.routing.router import Router
 from uoe_parallel.routing.selection.threshold import Threshold

@@ -6,14 +6,13 @@ import argparse
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from uoe_parallel.config.json_text import write_json
-from uoe_parallel.inference.evaluation import TextScore, evaluate_texts, reading_window
-from uoe_parallel.inference.opening import opened
 from uoe_parallel.inference.program import (
     add_model_arguments,
     console,
@@ -22,6 +21,9 @@ from uoe_parallel.inference.program import (
     run_program,
 )
 from uoe_parallel.parallel.agreement import shared_fate
+
+if TYPE_CHECKING:
+    from uoe_parallel.inference.evaluation import TextScore
 
 _DESCRIPTION = """\
 Perplexity per token, bits per byte and perplexity per word of texts, each read as one document in
@@ -96,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from uoe_parallel.inference.evaluation import TextScore, evaluate_texts, reading_window
+    from uoe_parallel.inference.opening import opened
+
     with opened(options.run, options.overrides) as model:
         group = model.groups.world
         target = console(quiet=not model.groups.is_main)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uoe_parallel.config.json_text import write_json
 from uoe_parallel.errors import UserError
-from uoe_parallel.inference.generation import Continuation, generate, harmless
-from uoe_parallel.inference.opening import OpenedModel, opened
 from uoe_parallel.inference.program import STDIN, add_model_arguments, read_texts, run_program
 from uoe_parallel.inference.sampling import Sampling
+from uoe_parallel.inference.terminal import harmless
 from uoe_parallel.parallel.agreement import shared_fate
+
+if TYPE_CHECKING:
+    from uoe_parallel.inference.generation import Continuation
+    from uoe_parallel.inference.opening import OpenedModel
 
 _DESCRIPTION = """\
 Texts that a model writes after prompts. A text depends on the run, its prompt and its seed alone,
@@ -96,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from uoe_parallel.inference.generation import generate
+    from uoe_parallel.inference.opening import opened
+
     with opened(options.run, options.overrides) as model:
         prompts = _prompts(options, model)
         seeds = [options.seed + number for number in range(options.samples)] * len(prompts)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 
 from uoe_parallel.data.tokenizer import TextStream
 from uoe_parallel.errors import UserError
 from uoe_parallel.inference.evaluation import check_predicts_text
 from uoe_parallel.inference.opening import OpenedModel
 from uoe_parallel.inference.sampling import Sampling, sample
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ def generate(
     """
     check_predicts_text(opened)
     ids = [_prompt_ids(opened, prompt, begins) for prompt in prompts]
+    streams = [_stream_seed(seed, text) for seed, text in zip(seeds, ids, strict=True)]
     texts = [_Text(opened.tokenizer.stream(), prompt_ids) for prompt_ids in ids]
 
     def give(number: int, piece: str) -> None:
@@ -82,7 +82,7 @@ def generate(
                 opened.next_logits,
                 batch,
                 sampling=sampling,
-                seeds=seeds[start : start + batch_size],
+                seeds=streams[start : start + batch_size],
                 context=opened.config.model.sequence_length,
                 by_token=opened.model.decodes_by_token,
                 device=opened.device,
@@ -112,6 +112,6 @@ def _prompt_ids(opened: OpenedModel, prompt: str, begins: bool) -> list[int]:
     return ids
 
 
-def harmless(text: str) -> str:
-    """`text` without what a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else _REPLACEMENT for c in text)
+def _stream_seed(seed: int, ids: Sequence[int]) -> int:
+    """For texts of other prompts, which would be drawn with the same luck."""
+    return int.from_bytes(sha256(f"{seed} {list(ids)}".encode()).digest()[:7])

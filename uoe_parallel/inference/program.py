@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
 from uoe_parallel.parallel.agreement import broadcast_json, shared_fate
+from uoe_parallel.parallel.device import use_device
 from uoe_parallel.parallel.groups import rank_from_environment
 
 INTERRUPTED = 130
@@ -23,8 +24,9 @@ _LOG_FILE_WIDTH = 160
 
 
 def run_program(name: str, work: Callable[[], None]) -> int:
-    """The exit code of `work`, which every rank does: 0, or 2 for a user's mistake, which rank 0
-    tells."""
+    """The exit code of `work`, which every rank does and which imports what it needs: 0, or 2 for a
+    user's mistake, which rank 0 tells."""
+    use_device(0)  # before DeepSpeed is imported, which picks its accelerator then
     try:
         work()
     except UserError as error:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from uoe_parallel.checkpoint import CheckpointReader
+from uoe_parallel.inference.rules import restore_rules
 from uoe_parallel.model.language_model import LanguageModel
-from uoe_parallel.model.running_rules import Routes, named_rules
 from uoe_parallel.parallel.sharding import named_shards
 
 
@@ -21,11 +19,3 @@ def load_weights(model: LanguageModel, reader: CheckpointReader) -> None:
     for name, param, shard in named_shards(model, model.groups):
         param.copy_(reader.read(f"{name}/weight", shard.offsets, shard.shape))
     restore_rules(model.routed_blocks(), reader)
-
-
-def restore_rules(blocks: Mapping[str, Routes], reader: CheckpointReader) -> None:
-    """Load the state of routing rules. A rule that the saved run did not have starts afresh."""
-    saved = reader.keys()
-    for prefix, rule in named_rules(blocks):
-        if all(f"{prefix}/{name}" in saved for name in rule.state):
-            rule.state = {name: reader.read(f"{prefix}/{name}") for name in rule.state}

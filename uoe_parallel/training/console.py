@@ -35,6 +35,7 @@ _COLUMNS = (
     _Column("loss", "loss", "8.4f", on_bar=True),
     _Column("distillation/divergence", "divergence", "8.4f"),
     _Column("bits_per_byte", "bits/byte", "8.4f"),
+    _Column("perplexity", "perplexity", "8.2f"),
     _Column("gradient_norm", "grad norm", "9.3g"),
     _Column("learning_rate", "lr", "8.2e"),
     _Column("tokens_per_second", "tokens/s", "11,.0f", on_bar=True),

@@ -29,7 +29,7 @@ from uoe_parallel.parallel.sharding import is_wide
 from uoe_parallel.training.anomalies import Anomaly, Guard
 from uoe_parallel.training.clipping import GradientClipper
 from uoe_parallel.training.distillation import Student, objective_of
-from uoe_parallel.training.evaluation import Evaluation
+from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.metrics import Values
 from uoe_parallel.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
 from uoe_parallel.training.routing_state import move_rules, reset_rules
@@ -205,7 +205,9 @@ class TrainingEngine:
         over = (self.groups.data, self.groups.pipe)
         loss, correct, count = comm.sum_over(totals, *over, purpose=Purpose.EVALUATION)
         # Not a number where nothing counts, such as a text too short for a masked token.
-        return Evaluation(self.config.model.task, float(loss / count), float(correct / count))
+        mean, accuracy = float(loss / count), float(correct / count)
+        of_text = loss_of_text(self.config, mean)
+        return Evaluation(self.config.model.task, mean, accuracy, of_text)
 
 
 def _reduce_in_fp64(engine: Any) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from uoe_parallel.data.tokenizer import Tokenizer
-from uoe_parallel.inference.generation import harmless
 from uoe_parallel.inference.sampling import Sampling, sample
+from uoe_parallel.inference.terminal import harmless
 from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.training.engine import TrainingEngine
 
-_PROMPT = "def "
 _SAMPLING = Sampling(num_tokens=200, temperature=0.7)
 
 
 def sample_text(engine: TrainingEngine, tokenizer: Tokenizer) -> str:
-    """A continuation of a short prompt. Every rank takes part and gets the same text."""
+    """A continuation of the config's prompt. Every rank takes part and gets the same text."""
     model, config = engine.model, engine.config
+    prompt = config.logging.prompt
     resets = config.data.reset_at_documents
     # The end of another document comes before the text, unless documents don't see each other.
     before = [] if resets else [tokenizer.eod]
@@ -31,7 +31,7 @@ def sample_text(engine: TrainingEngine, tokenizer: Tokenizer) -> str:
     with model.replicated_tokens():
         [ids] = sample(
             next_logits,
-            [[*before, *tokenizer.encode(_PROMPT).tolist()]],
+            [[*before, *tokenizer.encode(prompt).tolist()]],
             sampling=_SAMPLING,
             seeds=[config.seed],
             context=config.model.sequence_length,
@@ -42,4 +42,4 @@ def sample_text(engine: TrainingEngine, tokenizer: Tokenizer) -> str:
         )
     engine.deepspeed.train()
     # A terminal must not obey what a young model says.
-    return harmless(_PROMPT + tokenizer.decode(ids))
+    return harmless(prompt + tokenizer.decode(ids))

@@ -31,7 +31,7 @@ def start_from(path: Path, engine: TrainingEngine, tokenizer: Tokenizer) -> str:
 
     path: as `locate_checkpoint` takes it. Routers and rules that it does not have stay as they are.
     Collective over all ranks. Raises UserError on every rank if there is no checkpoint, or one of
-    another model or tokenizer.
+    another model or another tokenizer.
     """
     groups = engine.groups
     reader = locate_checkpoint(path, groups.world)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uoe_parallel.checkpoint import CheckpointReader, Piece
-from uoe_parallel.inference.weights import restore_rules
+from uoe_parallel.inference.rules import restore_rules
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.parallel.agreement import shared_fate
 from uoe_parallel.parallel.groups import ParallelGroups

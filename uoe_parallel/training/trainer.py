@@ -336,7 +336,7 @@ class Trainer:
         memory = float(comm.max_over(memory, self.groups.world, purpose=Purpose.REPORT))
         values: dict[str, Value] = {
             "loss": result.loss,
-            **loss_of_text(self.config.model.task, result.loss),
+            **loss_of_text(self.config, result.loss),
             "gradient_norm": result.gradient_norm,
             **result.distillation,
             "learning_rate": result.learning_rate,
