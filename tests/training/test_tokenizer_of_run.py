@@ -55,9 +55,12 @@ def test_another_one_is_refused_by_resume_and_opening(
     ranks: Ranks, run: Path, tmp_path: Path
 ) -> None:
     other = learn(tmp_path / "other.json", "a dog ran to a bog")
-    overrides = (f"data.tokenizer={other}", "training.steps=2")
+    resumed = (f"data.tokenizer={other}", "training.steps=2")
+    origin = f"checkpoint.start_from={run.parent / 'run'}"
+    begun = (*resumed, f"run_dir={tmp_path / 'run'}", origin)
     messages = [
-        only_complaint(ranks(1).run(call_program, "--config", run, *overrides)),
+        only_complaint(ranks(1).run(call_program, "--config", run, *resumed)),
+        only_complaint(ranks(1).run(call_program, "--config", run, *begun)),
         *ranks(1).run(open_with, run.parent / "run", other),
     ]
     for message in messages:
