@@ -214,7 +214,7 @@ def test_the_tokenizer_comes_along(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_not_written_over(ranks: Ranks, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
     [outcome] = ranks(1).run(call, "import", "anywhere", str(tmp_path))
     assert outcome.code == 2
     assert f"{tmp_path} already has checkpoints" in outcome.err
@@ -225,3 +225,9 @@ def test_studies_need_text(ranks: Ranks, tmp_path: Path) -> None:
     [outcome] = ranks(1).run(call, *arguments)
     assert outcome.code == 2
     assert "--text FILE" in outcome.err
+
+
+def test_an_import_is_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(2).run(call, "import", "anywhere", str(tmp_path)):
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "start it without a launcher" in outcome.err

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from uoe_parallel.checkpoint import save_in_parts
+from uoe_parallel.checkpoint.folders import list_checkpoints
 from uoe_parallel.config.load import save_config
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.conversion.import_architectures import architecture_of
@@ -21,7 +22,12 @@ from uoe_parallel.conversion.import_text import Losses, Routers, Slices
 from uoe_parallel.data.tokenizer import build_tokenizer, padded_vocab_size
 from uoe_parallel.errors import UserError
 from uoe_parallel.inference.same_tokenizer import STATE_KEY
-from uoe_parallel.parallel.groups import ParallelGroups, distributed, start_groups
+from uoe_parallel.parallel.groups import (
+    ParallelGroups,
+    distributed,
+    start_groups,
+    world_size_from_environment,
+)
 from uoe_parallel.parallel.layout import ParallelLayout
 
 ONE_RANK = ParallelLayout(
@@ -68,6 +74,8 @@ Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
 
 def import_model(request: ImportRequest, progress: Progress) -> Imported:
     """Import, as the only process of a launch. Raises UserError, and leaves no checkpoint then."""
+    if world_size_from_environment() > 1:
+        raise UserError("an import is the work of one process; start it without a launcher")
     with distributed() as device:
         return import_on(request, progress, start_groups(ONE_RANK), device.torch_device)
 
@@ -82,7 +90,7 @@ def import_on(
             "it as --text FILE"
         )
     root = request.run_dir / "checkpoints"
-    if root.exists():
+    if list_checkpoints(root):
         raise UserError(f"{request.run_dir} already has checkpoints; name a new run folder")
     source = DenseSource(request.source)
     architecture = architecture_of(source)
