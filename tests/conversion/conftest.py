@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,15 @@ import torch
 from tests.conversion.hugging_face import transformers
 
 
-@pytest.fixture
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that comes with a model is copied to `tmp_path` and imported from there."""
-    for module in (transformers().utils.hub, transformers().dynamic_module_utils):
-        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.fixture(scope="session")
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that comes with a model is copied to one folder of this session, which Python does not
+    forget once it has imported something from there."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (transformers().utils.hub, transformers().dynamic_module_utils):
+            patch.setattr(module, "HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
