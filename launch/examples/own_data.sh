@@ -40,7 +40,8 @@ hold_out() {
     done
 }
 
-export OMP_NUM_THREADS=1
+# Nothing is asked of a network or left in the home folder.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HOME=$work/huggingface
 tokenizer=$work/tokenizer.json run=$work/run
 step "hold out a tenth" hold_out
 step "tokenizer" "$BIN/python" tools/train_tokenizer.py "$work/text/train" \
@@ -55,13 +56,14 @@ step "training" "$BIN/torchrun" --standalone --nproc-per-node 2 \
     "data.validation=$work/data/held_out" "$@"
 step "perplexity" "$BIN/python" tools/evaluate.py "$run" "$work"/text/held_out/*.txt
 step "text" "$BIN/python" tools/generate.py "$run" --prompt "The " --tokens 60
+rm -rf "$work/exported"
 step "export" "$BIN/python" tools/convert_checkpoint.py export "$run" "$work/exported"
 step "reload in transformers" "$BIN/python" - "$work/exported" <<'PYTHON'
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 prompt = tokenizer("The ", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40, do_sample=False)[0]))
