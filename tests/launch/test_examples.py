@@ -9,13 +9,13 @@ import pytest
 
 from tests.launch.starting import started
 
-WORDS = "the quick brown fox jumps over a lazy dog and walks home in warm evening light".split()
+WORDS = "the quick brown fox jumps over a lazy dog and walks home in warm evening light"
 
 
 @pytest.mark.timeout(240)
 def test_own_text_becomes_a_model_that_transformers_loads(tmp_path: Path) -> None:
     text, work, output = tmp_path / "a text.txt", tmp_path / "work", tmp_path / "output"
-    lines = (" ".join(WORDS[i % 7 : 4 + i % 11]) for i in range(1500))
+    lines = (WORDS[i % 7 : 20 + i % 31] for i in range(1500))
     text.write_text("\n".join(lines) + "\n")
     small = ("training.steps=3", "training.warmup_steps=1", "training.validate_every=0")
     small += ("model.num_layers=2", "attention.routed_layers=[1]", "model.sequence_length=32")
