@@ -182,7 +182,7 @@ def test_console_shows_a_line_per_report(finished: Run) -> None:
 
 def test_report_ends_with_results_text_files_and_the_way_on(finished: Run) -> None:
     out = finished.outcomes[0].out
-    assert "Sampled from the model:\ndef " in out
+    assert "Sampled from the model:\nThe " in out
     _, report = out.split("Finished")
     for kind in ("validation", "test"):
         record = metrics(finished.folder, kind)[-1]

@@ -172,7 +172,8 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
         ),
         (
             "logging=",
-            "logging = null is not a section; give it the fields every, tensorboard, or remove it",
+            "logging = null is not a section; give it the fields every, tensorboard, prompt, or "
+            "remove it",
         ),
         ("deepspeed=[1]", "deepspeed = [1] is not a mapping; give a mapping"),
         (
@@ -191,7 +192,10 @@ def test_overrides_do_not_reach_through_an_alias(minimal: Path) -> None:
             "top_k=2",
             "top_k = 2 is not a known field; did you mean feed_forward.top_k or attention.top_k?",
         ),
-        ("logging.zzz=2", "logging.zzz = 2 is not a known field; use one of every, tensorboard"),
+        (
+            "logging.zzz=2",
+            "logging.zzz = 2 is not a known field; use one of every, tensorboard, prompt",
+        ),
         ("seed", "override 'seed' has no \"=\"; write it as section.field=value"),
         ("=3", "override '=3' names no field; write it as section.field=value"),
         (

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.launch.hosts import SCRIPT, namespaces, needs_namespaces
 
 
@@ -24,6 +26,7 @@ def _start(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_namespaces
+@pytest.mark.slow
 def test_ranks_of_two_hosts_meet_over_the_link(tmp_path: Path) -> None:
     before = namespaces()
     ended = _start("--rate", "100mbit", "--ranks", "1", "-m", "tests.launch.meeting", str(tmp_path))

@@ -85,6 +85,7 @@ class _Building:
 
 
 @pytest.mark.usefixtures("ranks")
+@pytest.mark.slow
 def test_rank_that_builds_for_long_is_waited_for_until_it_is_silent(tmp_path: Path) -> None:
     config = write_run(tmp_path, profile={"wait_limit": 1})
     planted = [_Building(rank, tmp_path / "found") for rank in range(2)]

@@ -31,7 +31,6 @@ FAST = [
     ("bf16", 2, {"pipeline": 2}, 1),
     ("fp32", 2, {"expert": 2}, 2),
     ("bf16", 2, {"expert": 2}, 1),
-    ("fp32", 4, {"pipeline": 2, "expert": 2}, 1),
 ]
 """Each optimizer state that is kept otherwise, once."""
 

@@ -108,7 +108,7 @@ def test_a_run_of_separate_documents_samples_text(ranks: Ranks, tmp_path: Path) 
     _spread_documents(tmp_path)
     first, _ = ranks(2).run(call_program, "--config", path, "training.steps=1")
     assert (first.code, first.err) == (0, "")
-    assert "Sampled from the model:\ndef " in first.out
+    assert "Sampled from the model:\nThe " in first.out
 
 
 def test_training_learns_to_tell_which_byte_is_more_frequent(ranks: Ranks, tmp_path: Path) -> None:
