@@ -23,10 +23,9 @@ from uoe_parallel.analysis.work import BlockWork, Workload, expected_work
 from uoe_parallel.benchmark.allocations import kept_for_backward, storage_bytes
 from uoe_parallel.config.schema import RunConfig
 from uoe_parallel.dispatch import dispatcher
-from uoe_parallel.parallel.device import use_device
+from uoe_parallel.parallel.device import DTYPES, use_device
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.trainer import Trainer
 
 _WATCHED = "the step that is watched"

@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.model.cases import build_model, random_tokens, start
 from uoe_parallel.checkpoint import Piece, save_checkpoint
 from uoe_parallel.config.schema import RunConfig
-from uoe_parallel.inference.opening import DTYPES
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.running_rules import named_rules, rule_states
+from uoe_parallel.parallel.device import DTYPES
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 

@@ -23,7 +23,7 @@ from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.model.block import DenseBlock, RoutedBlock
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
-from uoe_parallel.training.engine import DTYPES
+from uoe_parallel.parallel.device import DTYPES
 
 _INDEX = 8  # bytes of an int64
 

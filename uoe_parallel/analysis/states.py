@@ -14,8 +14,8 @@ from uoe_parallel.analysis.zero3 import Gatherings, gatherings
 from uoe_parallel.config.deepspeed import deepspeed_config
 from uoe_parallel.config.schema import Recompute, RunConfig
 from uoe_parallel.model.language_model import LanguageModel
+from uoe_parallel.parallel.device import DTYPES
 from uoe_parallel.parallel.sharding import replica_group
-from uoe_parallel.training.engine import DTYPES
 from uoe_parallel.training.optimizer import parameter_groups
 
 _MASTERED = 4 + 2 * 4

@@ -26,10 +26,10 @@ from uoe_parallel.experts.documents import Documents
 from uoe_parallel.model.block import DenseBlock, RoutedBlock, Union
 from uoe_parallel.model.heads import VocabularyHead
 from uoe_parallel.model.language_model import LanguageModel, TransformerBlock
+from uoe_parallel.parallel.device import DTYPES
 from uoe_parallel.parallel.layout import ParallelLayout
 from uoe_parallel.parallel.purposes import Phase, Purpose
 from uoe_parallel.routing.level import Level
-from uoe_parallel.training.engine import DTYPES
 
 Exchanges = Mapping[str, Sequence[ExchangeSizes]]
 """By the name of each routed block that spreads its tokens: the sizes of its exchange in every

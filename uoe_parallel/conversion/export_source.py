@@ -13,12 +13,8 @@ from uoe_parallel.config.load import resolve_config
 from uoe_parallel.config.schema import Precision, RunConfig
 from uoe_parallel.data.tokenizer import Tokenizer, build_tokenizer, num_model_ids
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.device import DTYPES
 
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,
-}
 _OVER_VOCABULARY = ("embedding.tokens.weight", "head.logits.weight")
 
 

@@ -28,6 +28,7 @@ from uoe_parallel.model.decoding import DecodingMemory
 from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.relay import relay_last_to_all, relay_to_all
 from uoe_parallel.parallel.agreement import shared_fate
+from uoe_parallel.parallel.device import DTYPES
 from uoe_parallel.parallel.groups import (
     ParallelGroups,
     distributed,
@@ -35,8 +36,6 @@ from uoe_parallel.parallel.groups import (
     world_size_from_environment,
 )
 from uoe_parallel.parallel.layout import ParallelLayout, layout_faults
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ from typing import Any
 
 import torch
 
+from uoe_parallel.config.schema import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+
 _TRIM_THRESHOLD, _NUM_MMAPPED_BLOCKS = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
 
 

@@ -36,8 +36,6 @@ from uoe_parallel.training.routing_state import move_rules, reset_rules
 from uoe_parallel.training.state import base_optimizer, create_moments
 from uoe_parallel.training.timers import StepTimer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
 
 @dataclass(frozen=True)
 class StepResult:

@@ -29,13 +29,13 @@ from uoe_parallel.model.language_model import LanguageModel
 from uoe_parallel.model.norm import choose_norm
 from uoe_parallel.parallel import comm
 from uoe_parallel.parallel.agreement import shared_fate
-from uoe_parallel.parallel.device import Device
+from uoe_parallel.parallel.device import DTYPES, Device
 from uoe_parallel.parallel.groups import ParallelGroups
 from uoe_parallel.parallel.purposes import Purpose
 from uoe_parallel.parallel.random import seed_streams
 from uoe_parallel.parallel.sharding import is_owner, named_shards
 from uoe_parallel.training.console import TrainingConsole
-from uoe_parallel.training.engine import DTYPES, StepResult
+from uoe_parallel.training.engine import StepResult
 from uoe_parallel.training.evaluation import Evaluation, loss_of_text
 from uoe_parallel.training.generation import sample_text
 from uoe_parallel.training.identity import check_resumable, run_identity
