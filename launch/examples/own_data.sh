@@ -44,7 +44,8 @@ hold_out() {
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HOME=$work/huggingface
 tokenizer=$work/tokenizer.json run=$work/run
 step "hold out a tenth" hold_out
-step "tokenizer" "$BIN/python" tools/train_tokenizer.py "$work/text/train" \
+# One that is there has made the corpus and the model, if this was started before.
+[[ -e $tokenizer ]] || step "tokenizer" "$BIN/python" tools/train_tokenizer.py "$work/text/train" \
     --vocab-size "${VOCAB:-4096}" --output "$tokenizer"
 for part in train held_out; do
     step "tokens of $part" "$BIN/python" tools/preprocess_data.py "$work/text/$part" \
