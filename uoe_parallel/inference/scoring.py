@@ -69,8 +69,7 @@ def score(
     windows.
 
     batch_size: windows of a micro-batch. advance: is told the number of windows that are done after
-    each round of micro-batches, counted since the last time. Ids of the vocabulary's padding have
-    no part in the probabilities.
+    each round of micro-batches, counted since the last time.
     """
     model, groups = opened.model, opened.groups
     totals_2W = torch.zeros(2, len(windows), dtype=torch.float64, device=opened.device)
@@ -87,7 +86,7 @@ def score(
         batch = _Batch.of([windows[n] for n in own], (batch_size, length), opened.device)
         logits = relay(model, batch.tokens_bs, None if is_full else batch.documents_bs)
         if logits is not None:
-            losses_bs, correct_bs = model.judge(_of_used_ids(logits, opened), batch.labels_bs)
+            losses_bs, correct_bs = model.judge(logits, batch.labels_bs)
             nats_b = losses_bs.double().masked_fill(~batch.counted_bs, 0).sum(1)
             wrong_b = (~correct_bs & batch.counted_bs).sum(1)
             totals_2W[:, own] = torch.stack((nats_b, wrong_b))[:, : len(own)].double()
@@ -121,12 +120,3 @@ class _Batch:
             counted[row, read - window.scored : read] = True
             documents[row, :read] = 0
         return cls(*(torch.from_numpy(x).to(device) for x in (tokens, labels, counted, documents)))
-
-
-def _of_used_ids(logits_SBV: Tensor, opened: OpenedModel) -> Tensor:
-    """This rank's logits [S, B, V/P], with none for the ids that pad the vocabulary."""
-    width = logits_SBV.shape[-1]
-    used = opened.model.used_vocab_size - opened.groups.tensor_rank * width
-    if used < width:
-        logits_SBV[..., max(used, 0) :] = -torch.inf
-    return logits_SBV
