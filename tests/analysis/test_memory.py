@@ -157,7 +157,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 QUICK = (
     *("one once", "dense", "queries", "bf16 zero1", "dp2-zero2", "dp2-zero3 states"),
-    *("tp2-sp selective", "tp2", "pp2-zero1", "tp2-sp-dp2-ep4"),
+    *("tp2", "pp2-zero1", "tp2-sp-dp2-ep4"),
 )
 """Cases that have something of all the others."""
 

@@ -281,7 +281,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-SLOW = ("tp2-sp-dp2 bf16", "tp2-dp2-zero2 bf16", "tp2-sp-pp2 fp64", "tp2-pp2 recomputed")
+SLOW = (
+    *("tp2-sp-dp2 bf16", "tp2-dp2-zero2 bf16", "tp2-sp-pp2 fp64", "tp2-pp2 recomputed"),
+    *("tp2-sp-dp2-ep4", "tp2-sp-dp2-ep4 queries", "tp2-sp-pp2", "tp2-sp dense"),
+    *("dp2-zero3 never kept", "dp2-zero3 selective"),
+)
 """Mixes of what the other cases have each by itself."""
 
 

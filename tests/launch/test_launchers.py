@@ -59,7 +59,10 @@ def _rank_on(host: str) -> int:
 @needs_namespaces
 @pytest.mark.parametrize(
     "launcher",
-    ["mpirun", "deepspeed", pytest.param("deepspeed-by-ssh", marks=pytest.mark.slow)],
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("mpirun", "deepspeed", "deepspeed-by-ssh")
+    ],
 )
 def test_two_hosts_train_as_one_process(
     launcher: str, expected: list[float], tmp_path: Path

@@ -138,6 +138,7 @@ def test_failed_step_starts_again_in_the_same_job(
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_told_before_its_time_is_over_it_saves_and_queues_again(
     ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "all experts": {"feed_forward": {"top_k": 8}, "attention": {"top_k": 4}},
     "dense": {"feed_forward": {"routed_layers": "none"}, "attention": {"routed_layers": "none"}},
 }
-LAYOUTS = [(2, True), (2, False), (4, True), (4, False)]
+LAYOUTS = [(2, True), (2, False), (4, True), pytest.param(4, False, marks=pytest.mark.slow)]
 
 
 def sections(model: str, tensor: int, sequence_parallel: bool) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def shapes(draw: st.DrawFn) -> RunConfig:
 
 @pytest.mark.parametrize(
     ("world_size", "examples"),
-    [(2, 3), (4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 20), (4, 20)))],
+    [(2, 2), (4, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 20), (4, 20)))],
 )
 @pytest.mark.timeout(300)
 def test_drawn_shapes_and_layouts(ranks: Ranks, world_size: int, examples: int) -> None:

@@ -23,14 +23,12 @@ LAYOUTS: list[tuple[str, int, dict[str, int], int]] = [
     ("bf16", 4, {"tensor": 2, "expert": 4}, 1),
 ]
 FAST = [
-    ("fp32", 4, {"tensor": 2}, 1),
     ("bf16", 2, {}, 0),
     ("bf16", 2, {}, 2),
-    ("bf16", 2, {}, 3),
     ("fp32", 2, {"pipeline": 2}, 0),
     ("bf16", 2, {"pipeline": 2}, 1),
     ("fp32", 2, {"expert": 2}, 2),
-    ("bf16", 2, {"expert": 2}, 1),
+    ("fp32", 4, {"tensor": 2}, 3),
 ]
 """Each optimizer state that is kept otherwise, once."""
 

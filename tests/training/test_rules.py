@@ -43,7 +43,7 @@ BIDIRECTIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 LAYOUTS = [
-    pytest.param(2, {"tensor": 2}, id="tp2-sp"),
+    pytest.param(2, {"tensor": 2}, id="tp2-sp", marks=pytest.mark.slow),
     pytest.param(2, {"tensor": 2, "sequence_parallel": False}, id="tp2", marks=pytest.mark.slow),
     pytest.param(2, {"expert": 2}, id="dp2-ep2", marks=pytest.mark.slow),
     pytest.param(4, {"tensor": 2, "expert": 4}, id="tp2-sp-dp2-ep4"),
