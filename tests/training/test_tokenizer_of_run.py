@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -77,3 +78,29 @@ def test_data_made_with_another_one_is_refused(ranks: Ranks, tmp_path: Path) -> 
     message = only_complaint(ranks(1).run(call_program, "--config", path))
     for word in (str(tmp_path / "test.json"), "bpe.json", "tokenizers-0", "= bytes"):
         assert word in message
+
+
+def test_tokenizer_that_one_node_lacks_ends_all_ranks(
+    ranks: Ranks, run: Path, tmp_path: Path
+) -> None:
+    nodes = [tmp_path / "first", tmp_path / "second"]
+    for node in nodes:
+        node.mkdir()
+    learn(nodes[0] / "bpe.json", "the cat sat on the mat")
+    arguments = ("--config", run, f"run_dir={tmp_path / 'run'}", "data.tokenizer=bpe.json")
+    outcomes = ranks(2).run(call_program, *arguments, folders=nodes, timeout=30)
+    assert "bpe.json" in only_complaint(outcomes)
+
+
+def open_on_a_rank(folders: list[Path]) -> str:
+    rank = int(os.environ["RANK"])
+    with pytest.raises(UserError) as caught, opened(folders[rank]):
+        pass
+    return str(caught.value)
+
+
+def test_checkpoint_that_one_node_lacks_ends_all_ranks(
+    ranks: Ranks, run: Path, tmp_path: Path
+) -> None:
+    messages = ranks(2).run(open_on_a_rank, [run.parent / "run", tmp_path / "none"], timeout=30)
+    assert len(set(messages)) == 1 and "holds no whole checkpoint" in messages[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from uoe_parallel.checkpoint import locate_checkpoint, read_manifest
@@ -88,9 +89,10 @@ def opened(path: Path, overrides: Sequence[str] = ()) -> Iterator[OpenedModel]:
     path: a checkpoint, or a run folder for its newest whole one. overrides: as on the command line
     of a run, such as "parallel.tensor=2". Raises UserError on every rank.
     """
-    config = saved_config(path, overrides)
-    layout = ParallelLayout.from_config(config.parallel, world_size_from_environment())
     with distributed() as device:
+        with shared_fate(f"{path} cannot be opened", "See to the run", dist.group.WORLD):
+            config = saved_config(path, overrides)
+        layout = ParallelLayout.from_config(config.parallel, world_size_from_environment())
         yield open_model(path, config, start_groups(layout), device.torch_device)
 
 

@@ -88,8 +88,8 @@ class Trainer:
         self._interruption = interruption or Interruption()
         torch.manual_seed(config.seed)
         seed_streams(config.seed, groups)
-        self.tokenizer = build_tokenizer(config.data.tokenizer)
-        with shared_fate("the corpora cannot be read", "See to the named file", groups.world):
+        with shared_fate("the data cannot be read", "See to the named file", groups.world):
+            self.tokenizer = build_tokenizer(config.data.tokenizer)
             self.data = open_run_data(config, self.tokenizer)
         precision = DTYPES[config.training.precision]
         backend, self.products = pick_backend(
