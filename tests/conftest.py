@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.metadata import version
@@ -35,3 +36,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """`ranks(world_size).run(function, *args)` runs a function on every rank of a world."""
     with closing(Ranks(tmp_path_factory.mktemp("ranks"))) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def _launchers_variables_are_left_alone() -> Iterator[None]:
+    """A process that a later test starts would take itself for a rank of a launch."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    before = names & os.environ.keys()
+    yield
+    assert names & os.environ.keys() == before

@@ -143,17 +143,22 @@ def test_ranks_wait_in_all_groups_as_long_as_in_the_world(ranks: Ranks) -> None:
         assert found == {TIMEOUT}
 
 
+LAUNCHERS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def _start_again(*, launched: bool) -> tuple[int, str, bool]:
     """From the launcher's variables, or as a process that nobody launched."""
     dist.destroy_process_group()
     if not launched:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for name in LAUNCHERS_VARIABLES:
             del os.environ[name]
+    before = {name: os.environ.get(name) for name in LAUNCHERS_VARIABLES}
     with distributed() as device:
         ones = torch.ones(1)
         dist.all_reduce(ones)
         summed, backend = int(ones.item()), device.backend
         assert not device.is_cuda
+    assert {name: os.environ.get(name) for name in LAUNCHERS_VARIABLES} == before
     return summed, backend, dist.is_initialized()
 
 

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from uoe_parallel.parallel.device import Device, use_device
+from uoe_parallel.parallel.environment import variables
 from uoe_parallel.parallel.layout import ParallelLayout
 
 TIMEOUT = timedelta(minutes=10)
@@ -88,27 +89,29 @@ def distributed(timeout: timedelta = TIMEOUT) -> Iterator[Device]:
     launcher started becomes the only rank.
     """
     launched_by_mpi = "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" in os.environ
+    alone: dict[str, str] = {}
     if "RANK" not in os.environ and not launched_by_mpi:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
-    device = use_device(int(local_rank or 0))
+        alone["MASTER_PORT"] = str(_free_port())
+    with variables(alone):
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+        device = use_device(int(local_rank or 0))
 
-    import deepspeed
+        import deepspeed
 
-    deepspeed.init_distributed(
-        dist_backend=device.backend,
-        auto_mpi_discovery=launched_by_mpi,
-        distributed_port=int(os.environ.get("MASTER_PORT", "29500")),  # read under mpirun only
-        verbose=False,
-        timeout=timeout,
-        dist_init_required=None,
-    )
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        deepspeed.init_distributed(
+            dist_backend=device.backend,
+            auto_mpi_discovery=launched_by_mpi,
+            distributed_port=int(os.environ.get("MASTER_PORT", "29500")),  # read under mpirun only
+            verbose=False,
+            timeout=timeout,
+            dist_init_required=None,
+        )
+        try:
+            yield device
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _free_port() -> int:

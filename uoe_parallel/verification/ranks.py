@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -25,6 +24,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.environment import variables
 
 GRACE = 5.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
@@ -67,7 +67,7 @@ class LocalRanks:
         self._context: Any = multiprocessing.get_context(method)
         if not torch.cuda.is_available():
             # The server must not start a thread, as numpy's OpenBLAS would.
-            with _environment({"DS_ACCELERATOR": "cpu", THREADS: "1"}):
+            with variables({"DS_ACCELERATOR": "cpu", THREADS: "1"}):
                 multiprocessing.set_forkserver_preload(["uoe_parallel.training.trainer"])
                 forkserver.ensure_running()
 
@@ -252,14 +252,3 @@ def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]
 
 def _log(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
-
-
-@contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
