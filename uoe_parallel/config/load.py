@@ -34,7 +34,7 @@ def load_config(
     values of the wrong type or range, and broken rules between fields that are valid by
     themselves. A file that cannot be read is reported alone.
     """
-    return resolve_config(_read(Path(path)), overrides, checks, source=f"the config {path}")
+    return resolve_config(read_tree(Path(path), _required()), overrides, checks, source=f"the config {path}")
 
 
 def resolve_config(
@@ -45,7 +45,7 @@ def resolve_config(
     source: str,
 ) -> RunConfig:
     """As `load_config`, of what a file holds, which `source` names. Puts the overrides into it."""
-    faults = list(_override(tree, overrides))
+    faults = list(put_overrides(tree, overrides))
     config, wrong = _validate(tree)
     faults += wrong.values()
     faulty = {".".join(field) for field in wrong}
@@ -66,7 +66,9 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(format_config(config), encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path, required: str) -> dict[str, Any]:
+    """The mapping in a YAML file of a config. Raises UserError, which names what is `required`, if
+    there is none."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -80,11 +82,11 @@ def _read(path: Path) -> dict[str, Any]:
             f"the config {path}{line}: {error.problem}; correct the YAML there"
         ) from None
     if tree is None:
-        raise UserError(f"the config {path} is empty; it needs at least {_required()}")
+        raise UserError(f"the config {path} is empty; it needs at least {required}")
     if not isinstance(tree, dict):
         raise UserError(
             f"the config {path} is not a mapping; write fields as `name: value`, at least "
-            f"{_required()}"
+            f"{required}"
         )
     return tree
 
@@ -93,8 +95,8 @@ def _required() -> str:
     return ", ".join(name for name, field in RunConfig.model_fields.items() if field.is_required())
 
 
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[Fault]:
-    """Puts the overrides into `tree`; those that cannot be put there are yielded as faults."""
+def put_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[Fault]:
+    """Puts `section.field=value` into `tree`; what cannot be put there is yielded as a fault."""
     for text in overrides:
         name = (f"override {text!r}",)
         key, equals, written = text.partition("=")
