@@ -34,7 +34,9 @@ def load_config(
     values of the wrong type or range, and broken rules between fields that are valid by
     themselves. A file that cannot be read is reported alone.
     """
-    return resolve_config(read_tree(Path(path), _required()), overrides, checks, source=f"the config {path}")
+    return resolve_config(
+        read_tree(Path(path), _required()), overrides, checks, source=f"the config {path}"
+    )
 
 
 def resolve_config(
