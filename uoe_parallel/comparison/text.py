@@ -63,16 +63,19 @@ def _read(path: Path) -> bytes:
 
 def _cut(path: Path, content: bytes) -> list[bytes]:
     """Into `PIECES` of about equal size, each of whole lines."""
-    ends = np.cumsum([len(line) for line in content.splitlines(keepends=True)])
-    wanted = np.linspace(0, len(content), PIECES + 1)[1:-1]
-    places = [0, *(int(ends[np.searchsorted(ends, place)]) for place in wanted), len(content)]
-    pieces = [content[a:b] for a, b in pairwise(places) if b > a]
-    if len(pieces) < PIECES:
-        raise UserError(
-            f"--text {path}: {len(content)} bytes in {len(ends)} lines can't be cut into {PIECES} "
-            "pieces of whole lines; give it a longer text with shorter lines"
-        )
-    return pieces
+    lines = content.splitlines(keepends=True)
+    if len(lines) >= PIECES:
+        ends = np.cumsum([len(line) for line in lines])
+        wanted = np.linspace(0, len(content), PIECES + 1)[1:-1]
+        inner = (int(ends[np.searchsorted(ends, place)]) for place in wanted)
+        places = [0, *inner, len(content)]
+        pieces = [content[a:b] for a, b in pairwise(places) if b > a]
+        if len(pieces) == PIECES:
+            return pieces
+    raise UserError(
+        f"--text {path}: {len(content)} bytes in {len(lines)} lines can't be cut into {PIECES} "
+        "pieces of whole lines; give it a longer text with shorter lines"
+    )
 
 
 def _write(prefix: Path, documents: Sequence[bytes]) -> None:
