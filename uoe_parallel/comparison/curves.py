@@ -11,23 +11,28 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from uoe_parallel.comparison.findings import Family, Findings, curve_of
-from uoe_parallel.comparison.results import Result
+from uoe_parallel.comparison.results import Point, Result
 from uoe_parallel.comparison.statistics import Axis, loss_at, trained_points
 from uoe_parallel.comparison.tables import in_short
 from uoe_parallel.profiling.style import STYLE
 
 COLOURS: dict[Family, list[str]] = {
     "baseline": ["#000000", "#7a7a7a", "#a8a8a8"],
-    "feed-forward only": ["#08306b", "#2171b5", "#6baed6", "#4a90c2"],
-    "attention only": ["#00441b", "#238b45", "#74c476"],
-    "both": ["#7f0000", "#d7301f", "#fc8d59", "#c2185b"],
-    "other": ["#54278f", "#9e6ebd"],
+    "feed-forward only": ["#08519c", "#4292c6", "#35b4c8"],
+    "attention only": ["#006d2c", "#41ab5d", "#8bb82e"],
+    "both": ["#b30000", "#f16913", "#d81b60", "#7a3b12", "#e0a100"],
+    "not routed": ["#54278f", "#9e6ebd", "#c59be0"],
 }
 DASHES = ["-", "--", "-.", ":"]
-"""With the colours in turn: members of a family differ in both."""
+"""In turn with the colours, of which no family has four: members differ in one or the other."""
+SHOWN_FROM = 0.25
+"""The height of losses is that of this share of a run and later: before, all fall steeply."""
+A_STEP = 0.02
+"""Budgets are met to a step: so much beyond the end of a curve, relatively, its end is taken."""
 
 
 def write_curves(findings: Findings, folder: Path) -> list[Path]:
@@ -47,16 +52,19 @@ def write_curves(findings: Findings, folder: Path) -> list[Path]:
 def draw_losses(findings: Findings, axis: Axis) -> Figure:
     """Validation losses over training FLOPs or tokens, mean and range over seeds; below, what they
     are above or below the reference's at the same place."""
-    figure = Figure(figsize=(10.5, 7.5), layout="constrained")
+    figure = Figure(figsize=(10.5, 7), layout="constrained")
     losses, beside = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     looks = _looks(findings)
     for name, result in findings.results.items():
         _draw_loss(losses, result, axis, looks[name])
         _draw_beside(beside, result, findings.reference, axis, looks[name])
     unit = {"flops": "training FLOPs", "tokens": "training tokens"}[axis]
-    losses.set(xscale="log", ylabel="validation loss, nats")
-    losses.set_title(f"mean and range over {findings.comparison.config.seeds} seeds", loc="left")
-    beside.set(xlabel=unit, ylabel=f"minus {findings.reference.name}'s there")
+    seeds = findings.comparison.config.seeds
+    over = f"mean and range over {seeds} seeds" if seeds > 1 else "one seed"
+    losses.set_title(f"Validation loss over {unit}: {over}", loc="left")
+    losses.set(xscale="log", ylabel="nats")
+    losses.set_ylim(*_heights(findings))
+    beside.set(xlabel=unit, ylabel=f"nats above {findings.reference.name}")
     for place in (losses, beside):
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_short(value)))
@@ -66,8 +74,7 @@ def draw_losses(findings: Findings, axis: Axis) -> Figure:
             "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
         )
         bits.set_ylabel("bits/byte")
-    figure.legend(*losses.get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(f"Validation loss over {unit}")
+    figure.legend(handles=_legend(findings, losses), loc="outside right upper")
     return figure
 
 
@@ -97,8 +104,7 @@ def draw_differences(findings: Findings) -> Figure:
     axes.set_xlabel(
         f"held-out {measure.name} minus {reference}'s, {measure.unit} ({better} of 0 is better)"
     )
-    axes.set_title("dot: mean, line: 95 % interval, ticks: seeds", loc="left")
-    figure.suptitle(f"Beside {reference}")
+    axes.set_title(f"Beside {reference}: mean, 95 % interval and each seed", loc="left")
     return figure
 
 
@@ -118,6 +124,29 @@ def _looks(findings: Findings) -> dict[str, dict[str, Any]]:
     return looks
 
 
+def _legend(findings: Findings, axes: Axes) -> list[Any]:
+    """Lines that were drawn, family by family."""
+    lines = dict(zip(findings.results, axes.get_lines(), strict=True))
+    handles = []
+    for family in COLOURS:
+        if members := [name for name in lines if findings.family(name) == family]:
+            handles.append(Patch(alpha=0, label=f"{family}:"))
+            handles += [lines[name] for name in members]
+    return handles
+
+
+def _heights(findings: Findings) -> tuple[float | None, float | None]:
+    """The lowest and the highest loss that are worth seeing."""
+    late = []
+    for result in findings.results.values():
+        mean = curve_of(result)
+        late += [p.loss for p in mean if p.step >= SHOWN_FROM * result.steps]
+    if not late:
+        return None, None
+    margin = 0.05 * (max(late) - min(late))
+    return min(late) - margin, max(late) + margin
+
+
 def _draw_loss(axes: Axes, result: Result, axis: Axis, look: dict[str, Any]) -> None:
     mean = trained_points(curve_of(result))
     places = [getattr(point, axis) for point in mean]
@@ -134,13 +163,21 @@ def _draw_loss(axes: Axes, result: Result, axis: Axis, look: dict[str, Any]) -> 
 def _draw_beside(
     axes: Axes, result: Result, reference: Result, axis: Axis, look: dict[str, Any]
 ) -> None:
-    theirs = curve_of(reference)
-    places, differences = [], []
-    for point in trained_points(curve_of(result)):
-        place = getattr(point, axis)
-        places.append(place)
-        differences.append(point.loss - loss_at(theirs, axis, place))
+    ours, theirs = (trained_points(curve_of(one)) for one in (result, reference))
+    places = [getattr(point, axis) for point in ours]
+    differences = [
+        point.loss - loss_at(theirs, axis, _within(theirs, axis, place))
+        for point, place in zip(ours, places, strict=True)
+    ]
     axes.plot(places, differences, **look)
+
+
+def _within(curve: Sequence[Point], axis: Axis, place: float) -> float:
+    """The end of the curve where `place` is a step beyond it."""
+    for end in (curve[0], curve[-1]) if curve else ():
+        if abs(place - getattr(end, axis)) <= A_STEP * place:
+            return getattr(end, axis)
+    return place
 
 
 def _is_of_bytes(findings: Findings) -> bool:

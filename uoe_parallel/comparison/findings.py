@@ -20,7 +20,7 @@ from uoe_parallel.comparison.statistics import (
     trained_points,
 )
 
-Family = Literal["baseline", "feed-forward only", "attention only", "both", "other"]
+Family = Literal["baseline", "feed-forward only", "attention only", "both", "not routed"]
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Findings:
         """By what of it is routed."""
         if contender in self.baselines:
             return "baseline"
-        kinds = set(self.results[contender].runs[0].experts_per_token)
+        kinds = {kind for run in self.results[contender].runs for kind in run.experts_per_token}
         if kinds == {"attention", "feed_forward"}:
             return "both"
         if not kinds:
-            return "other"
+            return "not routed"
         return "attention only" if "attention" in kinds else "feed-forward only"
 
 
@@ -221,13 +221,9 @@ def _is_validated_by(run: Run, axis: Axis, at: float) -> bool:
 
 def _shares(results: dict[str, Result], baseline: str) -> dict[str, float | None]:
     """A baseline of which a run diverged has no final loss to reach."""
-    runs, curve = results[baseline].runs, curve_of(results[baseline])
-    if (
-        not all(map(is_finite, runs))
-        or curve[-1:] == []
-        or curve[-1].step != runs[0].curve[-1].step
-    ):
+    runs = results[baseline].runs
+    if not all(is_finite(run) and math.isfinite(run.curve[-1].loss) for run in runs):
         return dict.fromkeys(results)
-    goal = curve[-1]
+    goal = curve_of(results[baseline])[-1]
     reached = {name: flops_to_reach(curve_of(r), goal.loss) for name, r in results.items()}
     return {name: flops and flops / goal.flops for name, flops in reached.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from uoe_parallel.comparison.curves import write_curves
@@ -47,17 +48,17 @@ def print_report(comparison: Comparison, console: Console) -> None:
         console.print(Text(table.note, style="dim"), "")
     for heading, sentences in _sentences(findings).items():
         console.print(Text(heading, style="bold"))
+        bullets = Table.grid(padding=(0, 1))
         for sentence in sentences:
-            console.print(Text(f"- {sentence}" if len(sentences) > 1 else sentence))
-        console.print()
+            bullets.add_row("-", Text(sentence))
+        console.print(bullets, "")
 
 
 def report_as_markdown(findings: Findings) -> str:
     """Words first, then the tables, then the pictures, which lie beside the page."""
     lines = []
     for heading, sentences in _sentences(findings).items():
-        mark = "- " if len(sentences) > 1 else ""
-        lines += [f"### {heading}", "", *(f"{mark}{sentence}" for sentence in sentences), ""]
+        lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
     for table in tables(findings):
         lines += as_markdown(table)
     for name, title in _PICTURES.items():
@@ -67,10 +68,13 @@ def report_as_markdown(findings: Findings) -> str:
 
 def _sentences(findings: Findings) -> dict[str, list[str]]:
     """By heading; headings without any are left out."""
-    told = words(findings)
+    told, seeds = words(findings), findings.comparison.config.seeds
+    differences = "Differences of one seed"
+    if seeds > 1:
+        differences = f"Mean differences over {seeds} seeds, and their 95 % intervals"
     found = {
         "In short": [told.terms, *told.short],
-        "Differences": told.details,
+        differences: told.details,
         "What the data don't say": told.cautions,
     }
     return {heading: sentences for heading, sentences in found.items() if sentences}

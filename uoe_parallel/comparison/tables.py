@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -99,16 +100,17 @@ def _at_equal(findings: Findings) -> TextTable:
                 difference = found.differences.get(row[0])
                 row.append(in_interval(difference, loss) if difference else NOTHING)
     for baseline, shares in findings.share_to_reach.items():
-        header.append(f"FLOPs to {baseline}'s end")
+        header.append(f"to {baseline}'s end")
         for row in rows:
             share = shares[row[0]]
             row.append("never" if share is None else f"{share:.0%}")
     note = (
-        "Validation losses in nats, at the most tokens and FLOPs that all have reached: curves are "
-        "taken as linear in the logarithm between validations. FLOPs to a baseline's end: the share "
-        "of the baseline's FLOPs after which a contender's mean curve is first at the validation "
-        "loss that the baseline's ends with. Who is judged before its own last step has not yet "
-        "had the end of its learning rate's decay, so these columns favour whoever ends there."
+        "Validation losses in nats, at the most tokens and FLOPs that all have reached: between "
+        "validations curves are taken as linear in the logarithm. To a baseline's end: the share "
+        "of the baseline's FLOPs after which a contender's mean curve is first at the "
+        "validation loss that the baseline's ends with. A contender that is judged before its own "
+        "last step has not had the end of its learning rate's decay yet, which favours those that "
+        "end there."
     )
     return TextTable("At equal tokens and equal FLOPs", header, rows, note)
 
@@ -155,14 +157,14 @@ def _ran(findings: Findings) -> TextTable:
             _mean([run.load_entropy for run in result.runs], "{:.3f}"),
             ", ".join(_experts(result)) or NOTHING,
             _mean([run.dropped_share for run in result.runs], "{:.2%}"),
-            f"{seconds_per_step(result) / reference:.2f}",
+            _mean([seconds_per_step(result) / reference], "{:.2f}"),
             in_bytes(max(run.peak_memory for run in result.runs)),
         ]
         for result in findings.results.values()
     ]
     note = (
-        "Busiest expert: its load over the mean one's, of the mean routed block, over the last half "
-        "of the runs; entropy of load: 1 is even. Experts per token come beside shared ones. "
+        "Busiest expert: its load over the mean one's, in the mean routed block over the last half "
+        "of a run; entropy of load: 1 is even. Experts per token come beside shared ones. "
         f"Time/step: median over runs, relative to {findings.reference.name}'s "
         f"{1e3 * reference:.3g} ms. Peak memory: of the fullest process or device."
     )
@@ -175,8 +177,9 @@ def all_flops(result: Result) -> float:
 
 
 def seconds_per_step(result: Result) -> float:
-    """Median over runs."""
-    return median(run.seconds_per_step for run in result.runs)
+    """Median over runs; NaN of runs that ended before any was timed."""
+    known = [run.seconds_per_step for run in result.runs if math.isfinite(run.seconds_per_step)]
+    return median(known or [math.nan])
 
 
 def in_spread(spread: Spread, measure: Measure) -> str:
@@ -236,13 +239,12 @@ def _learning_rate(result: Result) -> str:
 
 def _experts(result: Result) -> Iterator[str]:
     for kind, name in KINDS.items():
-        counts = [
-            run.experts_per_token[kind] for run in result.runs if kind in run.experts_per_token
-        ]
+        by_run = (run.experts_per_token.get(kind) for run in result.runs)
+        counts = [count for count in by_run if count is not None]
         if counts:
             yield f"{name} {fmean(counts):.2f}"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return form.format(fmean(known)) if known else NOTHING

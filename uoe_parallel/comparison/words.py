@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from uoe_parallel.comparison.findings import Findings, Measure, Pair
-from uoe_parallel.comparison.results import Result
+from uoe_parallel.comparison.findings import LOSS, Findings, Measure, Pair
 from uoe_parallel.comparison.statistics import CONFIDENCE, spread
 from uoe_parallel.comparison.tables import in_short, seconds_per_step, signed
 
@@ -30,7 +29,7 @@ class Words:
     short: list[str]
     """Who came out where, beside each baseline."""
     details: list[str]
-    """By how much, of each contender."""
+    """By how much, of each contender. Numbers in brackets are intervals of `CONFIDENCE`."""
     cautions: list[str]
     """What the data don't say."""
 
@@ -54,8 +53,8 @@ def _terms(findings: Findings) -> str:
         f"Every contender trained with {_BUDGETS[config.budget]} as {first}, on the same data in "
         f"the same order, with {_many(config.seeds, 'seed')}, at the best of "
         f"{_many(len(config.learning_rates), 'learning rate')} that each was tried with for "
-        f"{config.sweep_share:.0%} of the budget. They are judged by held-out {measure.name}, of "
-        f"which {best} is better."
+        f"{_percent(config.sweep_share)} of the budget. They are judged by held-out "
+        f"{measure.name}, of which {best} is better."
     )
 
 
@@ -94,37 +93,36 @@ def _verdict(pair: Pair) -> str:
 
 
 def _details(findings: Findings, contender: str) -> str:
-    by_measure = [
-        f"{pair.measure.name} {_compared(findings, pair)}" for pair in _pairs(findings, contender)
-    ]
-    return f"{contender}: {'; '.join(by_measure)}."
+    told = []
+    for measure in findings.measures:
+        pairs = (p for p in _pairs(findings, contender) if p.measure is measure)
+        told.append(f"{measure.name} {'; '.join(_compared(findings, pair) for pair in pairs)}.")
+    return f"{contender}: {' '.join(told)}"
 
 
 def _compared(findings: Findings, pair: Pair) -> str:
-    """`lower than dense's by 0.0310 nats (1.8 %; 95 % interval 0.0120 to 0.0500, 3 seeds)`"""
+    """`lower than dense's by 0.0310 nats (1.8 %; 0.0120 to 0.0500)`"""
     difference, measure = pair.difference, pair.measure
     if difference.mean is None:
         return f"not compared with {pair.baseline}'s, as {_diverged(findings, pair)}"
-    values = difference.values
-    if not any(values):
-        return f"the same as {pair.baseline}'s with {_many(len(values), 'seed')}"
+    if not any(difference.values):
+        return f"the same as {pair.baseline}'s with every seed"
     side = "higher" if difference.mean > 0 else "lower"
     size = f"{_size(difference.mean, measure)} {measure.unit}"
     base = findings.held_out[measure.name][pair.baseline].mean
-    relative = f"{abs(difference.mean / base):.1%}; " if base and measure.name == "loss" else ""
+    relative = f"{_percent(abs(difference.mean / base), 1)}; " if base and measure is LOSS else ""
     if difference.interval is None:
-        return f"{side} than {pair.baseline}'s by {size} ({relative}one seed: may be chance)"
-    seeds = _many(len(values), "seed")
+        return f"{side} than {pair.baseline}'s by {size} ({relative}may be chance)"
     if not difference.is_told_apart:
         low, high = (signed(end, measure) for end in difference.interval)
         return (
-            f"can't be told apart from {pair.baseline}'s: {signed(difference.mean, measure)} "
-            f"{measure.unit} ({CONFIDENCE:.0%} interval {low} to {high}, {seeds})"
+            f"not told apart from {pair.baseline}'s: {signed(difference.mean, measure)} "
+            f"{measure.unit} ({low} to {high})"
         )
-    near, far = sorted((abs(end) for end in difference.interval))
+    near, far = sorted(abs(end) for end in difference.interval)
     return (
-        f"{side} than {pair.baseline}'s by {size} ({relative}{CONFIDENCE:.0%} interval "
-        f"{_size(near, measure)} to {_size(far, measure)}, {seeds})"
+        f"{side} than {pair.baseline}'s by {size} ({relative}{_size(near, measure)} to "
+        f"{_size(far, measure)})"
     )
 
 
@@ -144,18 +142,22 @@ def _size(value: float, measure: Measure) -> str:
     return signed(abs(value), measure).removeprefix("+")
 
 
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
 def _many(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _cautions(findings: Findings) -> Iterator[str]:
     if findings.missing:
-        yield f"Not here, as not all of their runs are over: {', '.join(findings.missing)}."
+        yield f"Left out, as not all of their runs are over: {', '.join(findings.missing)}."
     for name, found in findings.held_out["loss"].items():
         if found.not_finite:
             yield (
-                f"{name} has {_no_loss(found.not_finite, len(found.values))}; the others are not "
-                "averaged without it, which would hide it."
+                f"{name} has {_no_loss(found.not_finite, len(found.values))}. It gets no mean: one "
+                "over the other runs would hide that."
             )
     yield from _of_chance(findings)
     yield from _of_tuning(findings)
@@ -189,10 +191,10 @@ def _of_chance(findings: Findings) -> Iterator[str]:
     level = (1 - CONFIDENCE) / max(len(main), 1)
     left = [f"{p.contender} beside {p.baseline}" for p in main if _is_below(p, level)]
     yield (
-        f"There are {intervals} intervals of {CONFIDENCE:.0%}: about "
+        f"There are {intervals} intervals of {_percent(CONFIDENCE)}: about "
         f"{(1 - CONFIDENCE) * intervals:.1g} of them are expected to miss the truth by chance "
-        f"alone. If the {len(main)} of held-out {findings.measures[0].name} are to hold all at once "
-        f"(Bonferroni), {_listed(left) or 'none'} {_verb(left)} still told apart."
+        f"alone. If the {len(main)} of held-out {findings.measures[0].name} are to hold all at "
+        f"once (Bonferroni), {_listed(left) or 'none'} {_verb(left)} still told apart."
     )
 
 
@@ -226,8 +228,8 @@ def _of_tuning(findings: Findings) -> Iterator[str]:
         yield f"Tries of learning rates that came to no finite loss: {', '.join(lost)}."
     if config.sweep_share < 1:
         yield (
-            f"Learning rates were chosen by one run of {config.sweep_share:.0%} of the budget each; "
-            "the best one of a whole run may be another."
+            f"Learning rates were chosen by one run of {_percent(config.sweep_share)} of the "
+            "budget each; the best one of a whole run may be another."
         )
 
 
@@ -235,14 +237,14 @@ def _of_the_budget(findings: Findings) -> Iterator[str]:
     results = list(findings.results.values())
     budget = findings.comparison.config.budget
     for quantity, unit, values in (
-        ("tokens", "tokens", [r.tokens for r in results]),
-        ("flops", "FLOPs", [r.tokens * r.flops_per_token for r in results]),
+        ("tokens", "tokens", [(float(r.tokens), r.name) for r in results]),
+        ("flops", "FLOPs", [(r.tokens * r.flops_per_token, r.name) for r in results]),
     ):
-        if quantity != budget and max(values) > 1.01 * min(values):
-            fewest, most = (results[values.index(end)].name for end in (min(values), max(values)))
+        (few, fewest), (many, most) = min(values), max(values)
+        if quantity != budget and many > 1.01 * few:
             yield (
-                f"Under this budget runs differ in {unit}: from {in_short(min(values))} of {fewest} "
-                f"to {in_short(max(values))} of {most}."
+                f"Under this budget runs differ in {unit}: from {in_short(few)} of {fewest} to "
+                f"{in_short(many)} of {most}."
             )
 
 
@@ -256,14 +258,15 @@ def _of_size(findings: Findings) -> Iterator[str]:
     yield (
         f"Runs saw {few if few == many else f'{few} to {many}'} tokens for each parameter, where "
         f"about {TOKENS_PER_PARAMETER} make good use of a dense model's FLOPs (arXiv 2203.15556): "
-        "they show how contenders begin, and not how they end up in long training or at other sizes."
+        "they show how contenders begin, and not where long training or other sizes take them."
     )
 
 
 def _of_time(findings: Findings) -> Iterator[str]:
     reference = findings.reference
-    others = [r for name, r in findings.results.items() if name != reference.name]
-    if others:
+    timed = [r for r in findings.results.values() if math.isfinite(seconds_per_step(r))]
+    others = [r for r in timed if r is not reference]
+    if others and reference in timed:
         time = [seconds_per_step(r) / seconds_per_step(reference) for r in others]
         flops = [r.flops_per_token / reference.flops_per_token for r in others]
         yield (
