@@ -29,8 +29,8 @@ COLOURS: dict[Family, list[str]] = {
 }
 DASHES = ["-", "--", "-.", ":"]
 """In turn with the colours, of which no family has four: members differ in one or the other."""
-SHOWN_FROM = 0.25
-"""The height of losses is that of this share of a run and later: before, all fall steeply."""
+SHOWN_FROM = 0.2
+"""The share of a run from which on curves are shown: before, all fall steeply."""
 A_STEP = 0.02
 """Budgets are met to a step: so much beyond the end of a curve, relatively, its end is taken."""
 
@@ -62,13 +62,9 @@ def draw_losses(findings: Findings, axis: Axis) -> Figure:
     seeds = findings.comparison.config.seeds
     over = f"mean and range over {seeds} seeds" if seeds > 1 else "one seed"
     losses.set_title(f"Validation loss over {unit}: {over}", loc="left")
-    losses.set(xscale="log", ylabel="nats")
-    losses.set_ylim(*_heights(findings))
+    losses.set_ylabel("nats")
+    _frame(losses, findings, axis)
     beside.set(xlabel=unit, ylabel=f"nats above {findings.reference.name}")
-    for place in (losses, beside):
-        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_short(value)))
-        place.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     if _is_of_bytes(findings):
         bits = losses.secondary_yaxis(
             "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
@@ -88,7 +84,9 @@ def draw_differences(findings: Findings) -> Figure:
     for height, pair in enumerate(pairs):
         difference, colour = pair.difference, looks[pair.contender]["color"]
         if difference.mean is None:
-            axes.annotate("no finite loss in every run", (0, height), va="center", color=colour)
+            axes.annotate(
+                " not compared: a run has no finite loss", (0, height), va="center", color=colour
+            )
             continue
         values = [measure.scale * value for value in difference.values]
         axes.plot(values, [height] * len(values), "|", color=colour, ms=9, alpha=0.6)
@@ -98,7 +96,7 @@ def draw_differences(findings: Findings) -> Figure:
             axes.plot(ends, [height] * 2, color=colour, lw=1.8)
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(pairs)), labels=[pair.contender for pair in pairs])
-    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_ylim(max(len(pairs), 1) - 0.5, -0.5)
     axes.grid(False, axis="y")
     better = "right" if measure.higher_is_better else "left"
     axes.set_xlabel(
@@ -135,16 +133,25 @@ def _legend(findings: Findings, axes: Axes) -> list[Any]:
     return handles
 
 
-def _heights(findings: Findings) -> tuple[float | None, float | None]:
-    """The lowest and the highest loss that are worth seeing."""
-    late = []
-    for result in findings.results.values():
-        mean = curve_of(result)
-        late += [p.loss for p in mean if p.step >= SHOWN_FROM * result.steps]
+def _frame(axes: Axes, findings: Findings, axis: Axis) -> None:
+    """Show what there is of the late parts of runs."""
+    late = [p for result in findings.results.values() for p in _late(result)]
     if not late:
-        return None, None
-    margin = 0.05 * (max(late) - min(late))
-    return min(late) - margin, max(late) + margin
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_short(value)))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    low, high = (end(point.loss for point in late) for end in (min, max))
+    margin = 0.05 * (high - low or 1)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(left=min(getattr(point, axis) for point in late) / 1.05)
+
+
+def _late(result: Result) -> list[Point]:
+    """Of the mean curve."""
+    first = max(1, SHOWN_FROM * result.steps)
+    return [point for point in curve_of(result) if point.step >= first]
 
 
 def _draw_loss(axes: Axes, result: Result, axis: Axis, look: dict[str, Any]) -> None:
@@ -163,7 +170,7 @@ def _draw_loss(axes: Axes, result: Result, axis: Axis, look: dict[str, Any]) -> 
 def _draw_beside(
     axes: Axes, result: Result, reference: Result, axis: Axis, look: dict[str, Any]
 ) -> None:
-    ours, theirs = (trained_points(curve_of(one)) for one in (result, reference))
+    ours, theirs = _late(result), trained_points(curve_of(reference))
     places = [getattr(point, axis) for point in ours]
     differences = [
         point.loss - loss_at(theirs, axis, _within(theirs, axis, place))

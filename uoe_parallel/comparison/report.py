@@ -45,13 +45,15 @@ def print_report(comparison: Comparison, console: Console) -> None:
     findings = find(comparison)
     for table in tables(findings):
         console.print(as_rich(table))
-        console.print(Text(table.note, style="dim"), "")
+        console.print(Text(table.note, style="dim"))
+        console.print()
     for heading, sentences in _sentences(findings).items():
         console.print(Text(heading, style="bold"))
         bullets = Table.grid(padding=(0, 1))
         for sentence in sentences:
             bullets.add_row("-", Text(sentence))
-        console.print(bullets, "")
+        console.print(bullets)
+        console.print()
 
 
 def report_as_markdown(findings: Findings) -> str:

@@ -33,7 +33,8 @@ class TextTable:
 
 def tables(findings: Findings) -> list[TextTable]:
     """All of them, in the order in which they are read."""
-    return [_held_out(findings), _at_equal(findings), _trained(findings), _ran(findings)]
+    makers = [_held_out, _at_equal, _shares, _trained, _ran]
+    return [make(findings) for make in makers]
 
 
 def as_rich(table: TextTable) -> Table:
@@ -41,7 +42,12 @@ def as_rich(table: TextTable) -> Table:
     made = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
     for number, name in enumerate(table.header):
         is_text = number == 0 or name in table.text_columns
-        made.add_column(Text(name), justify="left" if is_text else "right", overflow="fold")
+        made.add_column(
+            Text(name),
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=number == 0,
+        )
     for row in table.rows:
         made.add_row(*map(Text, row))
     return made
@@ -99,20 +105,28 @@ def _at_equal(findings: Findings) -> TextTable:
             for row in rows:
                 difference = found.differences.get(row[0])
                 row.append(in_interval(difference, loss) if difference else NOTHING)
+    note = (
+        "Validation losses in nats, at the most tokens and FLOPs that all have reached: between "
+        "validations curves are taken as linear in the logarithm. A contender that is judged "
+        "before its own last step has not had the end of its learning rate's decay yet, which "
+        "favours those that end there."
+    )
+    return TextTable("At equal tokens and equal FLOPs", header, rows, note)
+
+
+def _shares(findings: Findings) -> TextTable:
+    header, rows = ["contender"], [[name] for name in findings.results]
     for baseline, shares in findings.share_to_reach.items():
-        header.append(f"to {baseline}'s end")
+        header.append(f"of {baseline}'s")
         for row in rows:
             share = shares[row[0]]
             row.append("never" if share is None else f"{share:.0%}")
     note = (
-        "Validation losses in nats, at the most tokens and FLOPs that all have reached: between "
-        "validations curves are taken as linear in the logarithm. To a baseline's end: the share "
-        "of the baseline's FLOPs after which a contender's mean curve is first at the "
-        "validation loss that the baseline's ends with. A contender that is judged before its own "
-        "last step has not had the end of its learning rate's decay yet, which favours those that "
-        "end there."
+        "The share of a baseline's FLOPs after which a contender's mean validation curve is first "
+        "at the validation loss that the baseline's ends with. Here, too, who gets there early has "
+        "not had the end of its learning rate's decay."
     )
-    return TextTable("At equal tokens and equal FLOPs", header, rows, note)
+    return TextTable("FLOPs to a baseline's last loss", header, rows, note)
 
 
 def _trained(findings: Findings) -> TextTable:
