@@ -70,13 +70,13 @@ def test_the_terminal_has_the_tables_and_the_words() -> None:
     print_report(three(), console)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    for expected in ("Held-out results", "1.9000 ± 0.0200", "16 k", "not told apart: alike"):
+    for expected in ("Held-out loss", "1.9000 ± 0.0200", "16 k", "not told apart: alike"):
         assert expected in shown
 
 
 def test_cells_say_what_runs_came_to() -> None:
     held_out, at_equal, shares, trained, ran = tables(find(three()))
-    assert held_out.header == ["contender", "loss, nats", "bits/byte", "loss - dense's"]
+    assert held_out.header == ["contender", "loss, nats", "bits/byte", "- dense's"]
     assert held_out.rows[0][-1] == "-"
     assert at_equal.header[1::2] == ["loss at 8 k tokens", "loss at 8 G FLOPs"]
     assert [row[1] for row in shares.rows] == ["100%", "82%", "never"]
@@ -94,9 +94,10 @@ def test_a_learning_rate_at_an_end_is_marked() -> None:
 
 
 def test_accuracy_comes_first_in_percent() -> None:
-    held_out = tables(find(replace(three(), task="classification")))[0]
-    assert held_out.header[1:3] == ["accuracy, %", "accuracy - dense's"]
-    assert held_out.rows[1][1:3] == ["81.00 ± 0.20", "+1.00 [+0.75, +1.25]"]
+    accuracy, loss = tables(find(replace(three(), task="classification")))[:2]
+    assert accuracy.header[1:] == ["accuracy, %", "- dense's"]
+    assert accuracy.rows[1][1:] == ["81.00 ± 0.20", "+1.00 [+0.75, +1.25]"]
+    assert loss.rows[1][1] == "1.9000 ± 0.0200"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ COLOURS: dict[Family, list[str]] = {
 }
 DASHES = ["-", "--", "-.", ":"]
 """In turn with the colours, of which no family has four: members differ in one or the other."""
-SHOWN_FROM = 0.2
+SHOWN_FROM = 0.18
 """The share of a run from which on curves are shown: before, all fall steeply."""
 A_STEP = 0.02
 """Budgets are met to a step: so much beyond the end of a curve, relatively, its end is taken."""

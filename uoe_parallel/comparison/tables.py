@@ -33,8 +33,9 @@ class TextTable:
 
 def tables(findings: Findings) -> list[TextTable]:
     """All of them, in the order in which they are read."""
-    makers = [_held_out, _at_equal, _shares, _trained, _ran]
-    return [make(findings) for make in makers]
+    makers = [_at_equal, _shares, _trained, _ran]
+    held_out = [_held_out(findings, measure) for measure in findings.measures]
+    return [*held_out, *(make(findings) for make in makers)]
 
 
 def as_rich(table: TextTable) -> Table:
@@ -64,21 +65,19 @@ def as_markdown(table: TextTable) -> list[str]:
     return [f"### {table.title}", "", *lines, "", table.note, ""]
 
 
-def _held_out(findings: Findings) -> TextTable:
-    header, rows = ["contender"], [[name] for name in findings.results]
-    for measure in findings.measures:
-        header.append(f"{measure.name}, {_unit(measure)}")
-        for row, spread in zip(rows, findings.held_out[measure.name].values(), strict=True):
-            row.append(in_spread(spread, measure))
-        if measure.name == "loss" and _has_bytes(findings):
-            header.append("bits/byte")
-            for row, result in zip(rows, findings.results.values(), strict=True):
-                row.append(_bits(result))
-        for baseline in findings.baselines:
-            header.append(f"{measure.name} - {baseline}'s")
-            for row in rows:
-                pair = findings.pair(row[0], baseline, measure)
-                row.append(in_interval(pair.difference, measure) if pair else NOTHING)
+def _held_out(findings: Findings, measure: Measure) -> TextTable:
+    header = ["contender", f"{measure.name}, {_unit(measure)}"]
+    spreads = findings.held_out[measure.name]
+    rows = [[name, in_spread(spread, measure)] for name, spread in spreads.items()]
+    if measure.name == "loss" and _has_bytes(findings):
+        header.append("bits/byte")
+        for row, result in zip(rows, findings.results.values(), strict=True):
+            row.append(_bits(result))
+    for baseline in findings.baselines:
+        header.append(f"- {baseline}'s")
+        for row in rows:
+            pair = findings.pair(row[0], baseline, measure)
+            row.append(in_interval(pair.difference, measure) if pair else NOTHING)
     runs = findings.comparison.config.seeds
     note = (
         "Mean ± standard deviation over seeds; differences are means over seeds, each seed's runs "
@@ -88,7 +87,7 @@ def _held_out(findings: Findings) -> TextTable:
     )
     if len(findings.baselines) > 1:
         note += " Two baselines are compared once."
-    return TextTable("Held-out results", header, rows, note)
+    return TextTable(f"Held-out {measure.name}", header, rows, note)
 
 
 def _at_equal(findings: Findings) -> TextTable:
