@@ -1,0 +1,194 @@
+"""ListOps as labelled corpora: distinct expressions, spread at random over the splits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uoe_parallel.config.json_text import write_json
+from uoe_parallel.data.draws import random_stream
+from uoe_parallel.data.labelled import LabelledWriter
+from uoe_parallel.errors import UserError
+from uoe_parallel.preprocessing.listops import (
+    END,
+    NUM_CLASSES,
+    OPERATORS,
+    Expression,
+    Recipe,
+    draw_expressions,
+)
+
+SUMMARY = "summary.json"
+_PATIENCE = 2**20
+"""Trees in a row without a new expression that fits, after which there are taken to be none."""
+_SPLIT_ORDER = 1
+"""Place of the random stream that says which split an expression goes to."""
+
+
+@dataclass
+class Statistics:
+    """Of the expressions of a split."""
+
+    classes: NDArray[np.int64]
+    """Of each class, how many expressions."""
+    depths: NDArray[np.int64]
+    """Of each depth from 0 to the recipe's."""
+    lengths: NDArray[np.int64]
+    """Of each length below the recipe's end."""
+
+    @classmethod
+    def empty(cls, recipe: Recipe) -> Statistics:
+        sizes = (NUM_CLASSES, recipe.max_depth + 1, recipe.max_length)
+        return cls(*(np.zeros(size, dtype=np.int64) for size in sizes))
+
+    def note(self, expression: Expression) -> None:
+        self.classes[expression.value] += 1
+        self.depths[expression.depth] += 1
+        self.lengths[len(expression.text)] += 1
+
+    @property
+    def examples(self) -> int:
+        return int(self.classes.sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths @ np.arange(len(self.lengths)))
+
+    @property
+    def most_frequent(self) -> int:
+        """The class that whoever knows nothing should guess."""
+        return int(self.classes.argmax())
+
+    def length_at(self, share: float) -> int:
+        """The length that this share of the expressions does not exceed; that of the shortest one
+        for 0."""
+        return int(np.searchsorted(self.lengths.cumsum(), max(1.0, share * self.examples)))
+
+    def as_json(self) -> dict[str, Any]:
+        depths = enumerate(self.depths.tolist())
+        return {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "classes": self.classes.tolist(),
+            "most_frequent_class": self.most_frequent,
+            "most_frequent_share": self.classes.max() / self.examples,
+            "depths": {str(depth): count for depth, count in depths if count > 0},
+            "length_deciles": [self.length_at(tenth / 10) for tenth in range(11)],
+            "mean_length": self.tokens / self.examples,
+        }
+
+
+@dataclass
+class Drawn:
+    """What it took to find the expressions."""
+
+    trees: int = 0
+    repeated: int = 0
+    """Trees that would have fitted, had they not been drawn before."""
+    _known: set[bytes] = field(default_factory=set, repr=False)
+    """Digests, of which two are alike by chance once in 10^28 pairs."""
+
+    def distinct(self, recipe: Recipe, seed: int, count: int) -> Iterator[Expression]:
+        """`count` expressions, each another; raises UserError if there are not that many."""
+        found, found_at = 0, 0
+        for expressions in draw_expressions(recipe, seed):
+            self.trees += recipe.trees_at_once
+            for expression in expressions:
+                digest = blake2b(expression.text, digest_size=12).digest()
+                if digest in self._known:
+                    self.repeated += 1
+                    continue
+                self._known.add(digest)
+                yield expression
+                found, found_at = found + 1, self.trees
+                if found == count:
+                    return
+            if self.trees - found_at > _PATIENCE:
+                raise UserError(
+                    f"only {found:,} of {count:,} expressions with {recipe.min_length} < length < "
+                    f"{recipe.max_length} were found, and none that is new among the last "
+                    f"{_PATIENCE:,} drawn; ask for fewer (--train, --validation, --test), let "
+                    "lengths differ more (--min-length, --max-length) or allow larger trees "
+                    f"(--max-depth {recipe.max_depth}, --max-args {recipe.max_args})"
+                )
+
+
+def make_corpora(
+    folder: Path,
+    recipe: Recipe,
+    examples: Mapping[str, int],
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Statistics], Drawn]:
+    """Write a labelled pair folder/SPLIT for each split, of `examples`[split] expressions, and
+    SUMMARY. No expression is in two splits, or twice in one.
+
+    advance: called for each expression. Memory grows by about 100 bytes for each. Raises UserError
+    if the folder has some of these files already, can't be written, or there are too few
+    expressions; then no file is left.
+    """
+    refuse_existing(folder, examples)
+    order = _split_order(list(examples.values()), seed)
+    statistics, drawn = [Statistics.empty(recipe) for _ in examples], Drawn()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".listops.", dir=folder) as partial:
+            writers = [LabelledWriter(Path(partial, split)) for split in examples]
+            expressions = drawn.distinct(recipe, seed, len(order))
+            for expression, split in zip(expressions, order, strict=True):
+                ids = np.frombuffer(expression.text, dtype=np.uint8).astype(np.int32)
+                writers[split].add(ids, expression.value)
+                statistics[split].note(expression)
+                advance()
+            for writer in writers:
+                writer.finish()
+            for path in Path(partial).iterdir():
+                path.rename(folder / path.name)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from error
+    by_split = dict(zip(examples, statistics, strict=True))
+    write_json(folder / SUMMARY, _summary(recipe, seed, by_split, drawn), option="--output")
+    return by_split, drawn
+
+
+def refuse_existing(folder: Path, splits: Mapping[str, int]) -> None:
+    """Raises UserError if there is a file in `folder` that would be replaced."""
+    names = [f"{split}{end}" for split in splits for end in (".bin", ".idx", ".labels.npy")]
+    for name in (SUMMARY, *names):
+        if (folder / name).exists():
+            raise UserError(
+                f"--output {folder}: {name} is there already, and runs may be using it; name "
+                "another folder or remove it"
+            )
+
+
+def _split_order(examples: list[int], seed: int) -> NDArray[np.int8]:
+    """The split of each expression in the order in which they are found.
+
+    At random: where there are few expressions, the frequent ones are found first.
+    """
+    splits = np.repeat(np.arange(len(examples), dtype=np.int8), examples)
+    words = random_stream(seed, _SPLIT_ORDER).random_raw(len(splits))
+    return splits[np.argsort(words, kind="stable")]
+
+
+def _summary(
+    recipe: Recipe, seed: int, statistics: Mapping[str, Statistics], drawn: Drawn
+) -> dict[str, Any]:
+    return {
+        "task": "ListOps",
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "num_classes": NUM_CLASSES,
+        "tokens": {"operators": OPERATORS, "end": END, "digits": "0123456789"},
+        "trees_drawn": drawn.trees,
+        "repeated": drawn.repeated,
+        "splits": {split: found.as_json() for split, found in statistics.items()},
+    }
