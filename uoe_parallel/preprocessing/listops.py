@@ -51,7 +51,12 @@ class Recipe:
         """How many trees are drawn together, so that memory is bounded: of a branching process
         where a node has an operator's arguments once in four times."""
         children = (2 + self.max_args) / 2 / 4
-        nodes = sum(children**level for level in range(self.max_depth))
+        nodes, width = 1.0, 1.0
+        for _ in range(1, self.max_depth):
+            width *= children
+            nodes += width
+            if width < 1e-3 or nodes > _DRAWN_AT_ONCE:
+                break
         return max(1, int(_DRAWN_AT_ONCE / min(nodes, self.max_length)))
 
 
@@ -129,6 +134,8 @@ def _draw_trees(stream: BitGenerator, recipe: Recipe) -> tuple[list[_Level], Int
         num_args[lengths[trees] >= recipe.max_length] = 0
         levels.append(_Level(trees, words, num_args))
         trees = np.repeat(trees, num_args)
+        if len(trees) == 0:
+            break
     return levels, lengths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -34,19 +35,11 @@ _SPLIT_ORDER = 1
 
 @dataclass
 class Statistics:
-    """Of the expressions of a split."""
+    """How many expressions of a split have each class, depth and length."""
 
-    classes: NDArray[np.int64]
-    """Of each class, how many expressions."""
-    depths: NDArray[np.int64]
-    """Of each depth from 0 to the recipe's."""
-    lengths: NDArray[np.int64]
-    """Of each length below the recipe's end."""
-
-    @classmethod
-    def empty(cls, recipe: Recipe) -> Statistics:
-        sizes = (NUM_CLASSES, recipe.max_depth + 1, recipe.max_length)
-        return cls(*(np.zeros(size, dtype=np.int64) for size in sizes))
+    classes: Counter[int] = field(default_factory=Counter)
+    depths: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
 
     def note(self, expression: Expression) -> None:
         self.classes[expression.value] += 1
@@ -55,31 +48,33 @@ class Statistics:
 
     @property
     def examples(self) -> int:
-        return int(self.classes.sum())
+        return self.classes.total()
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths @ np.arange(len(self.lengths)))
+        return sum(length * count for length, count in self.lengths.items())
 
     @property
-    def most_frequent(self) -> int:
-        """The class that whoever knows nothing should guess."""
-        return int(self.classes.argmax())
+    def most_frequent(self) -> tuple[int, float]:
+        """The class that whoever knows nothing should guess, and how often that is right."""
+        [(value, count)] = self.classes.most_common(1)
+        return value, count / self.examples
 
     def length_at(self, share: float) -> int:
         """The length that this share of the expressions does not exceed; that of the shortest one
         for 0."""
-        return int(np.searchsorted(self.lengths.cumsum(), max(1.0, share * self.examples)))
+        lengths, counts = zip(*sorted(self.lengths.items()), strict=True)
+        return lengths[int(np.searchsorted(np.cumsum(counts), share * self.examples))]
 
     def as_json(self) -> dict[str, Any]:
-        depths = enumerate(self.depths.tolist())
+        most_frequent, share = self.most_frequent
         return {
             "examples": self.examples,
             "tokens": self.tokens,
-            "classes": self.classes.tolist(),
-            "most_frequent_class": self.most_frequent,
-            "most_frequent_share": self.classes.max() / self.examples,
-            "depths": {str(depth): count for depth, count in depths if count > 0},
+            "classes": [self.classes[value] for value in range(NUM_CLASSES)],
+            "most_frequent_class": most_frequent,
+            "most_frequent_share": share,
+            "depths": {str(depth): self.depths[depth] for depth in sorted(self.depths)},
             "length_deciles": [self.length_at(tenth / 10) for tenth in range(11)],
             "mean_length": self.tokens / self.examples,
         }
@@ -136,7 +131,7 @@ def make_corpora(
     """
     refuse_existing(folder, examples)
     order = _split_order(list(examples.values()), seed)
-    statistics, drawn = [Statistics.empty(recipe) for _ in examples], Drawn()
+    statistics, drawn = [Statistics() for _ in examples], Drawn()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".listops.", dir=folder) as partial:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from uoe_parallel.errors import USER_ERROR_EXIT_CODE, UserError
-from uoe_parallel.preprocessing.listops import END, NUM_CLASSES, OPERATORS, Recipe
+from uoe_parallel.preprocessing.listops import END, OPERATORS, Recipe
 from uoe_parallel.preprocessing.listops_corpus import Drawn, Statistics, make_corpora
 
 _LEAST = {
@@ -27,6 +27,8 @@ _LEAST = {
     "test": 1,
     "seed": 0,
 }
+_MOST = 2**30
+"""Of any of them; expressions are held in memory whole."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,9 +93,11 @@ def _make(options: argparse.Namespace, console: Console) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     for name, least in _LEAST.items():
-        if (value := getattr(options, name)) < least:
-            option = f"--{name.replace('_', '-')}"
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value < least:
             raise UserError(f"{option} {value} is below {least}; use {least} or more")
+        if value > _MOST:
+            raise UserError(f"{option} {value} is above {_MOST}; use {_MOST} or less")
     if options.max_length - options.min_length < 2:
         raise UserError(
             f"--min-length {options.min_length} --max-length {options.max_length}: no length lies "
@@ -108,29 +112,16 @@ def _conclude(
     drawn: Drawn,
     seconds: float,
 ) -> None:
-    def shares(of: Callable[[Statistics], np.ndarray]) -> dict[str, list[str]]:
-        """By split, percents of its examples."""
-        return {
-            split: [f"{count / found.examples:.2%}" for count in of(found).tolist()]
-            for split, found in statistics.items()
-        }
-
-    def rows(first: Iterable[str], columns: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-        return list(zip(first, *columns.values(), strict=True))
-
-    console.print(_splits(folder, statistics))
-    classes = rows(map(str, range(NUM_CLASSES)), shares(lambda found: found.classes))
-    depths = shares(lambda found: found.depths)
-    numbers = range(len(next(iter(depths.values()))))
-    levels = [row for row in rows(map(str, numbers), depths) if set(row[1:]) != {"0.00%"}]
-    for title, first, lines in (
-        ("Expressions by value", "class", classes),
-        ("Expressions by depth", "levels", levels),
+    values = {split: found.classes for split, found in statistics.items()}
+    depths = {split: found.depths for split, found in statistics.items()}
+    for table in (
+        _splits(folder, statistics),
+        _shares("Expressions by value", "class", values),
+        _shares("Expressions by depth", "levels", depths),
     ):
+        console.print(table)
         console.print()
-        console.print(_table(title, [first, *statistics], lines))
     letters = ", ".join(f"{symbol} {name}" for name, symbol in OPERATORS.items())
-    console.print()
     console.print(f"tokens: bytes, {letters}, {END} where an operator's arguments end")
     console.print(
         f"{drawn.trees:,} trees drawn, {drawn.repeated:,} left out for being repeated; "
@@ -146,11 +137,20 @@ def _splits(folder: Path, statistics: Mapping[str, Statistics]) -> Table:
             f"{found.examples:,}",
             f"{found.tokens:,}",
             *(str(found.length_at(share)) for share in (0, 0.5, 1)),
-            f"{found.most_frequent}: {found.classes.max() / found.examples:.2%}",
+            "{}: {:.2%}".format(*found.most_frequent),
         )
         for split, found in statistics.items()
     ]
     return _table(str(folder), heads, rows)
+
+
+def _shares(title: str, kind: str, counts: Mapping[str, Counter[int]]) -> Table:
+    """What percentage of each split is of each kind."""
+    rows = (
+        (str(number), *(f"{count[number] / count.total():.2%}" for count in counts.values()))
+        for number in sorted(set().union(*counts.values()))
+    )
+    return _table(title, [kind, *counts], rows)
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
