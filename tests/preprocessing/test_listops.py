@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -171,6 +172,9 @@ def test_corpora_of_distinct_expressions(
         assert found["tokens"] == sum(lengths)
         assert found["classes"] == np.bincount(batch.labels.flatten(), minlength=10).tolist()
         assert f"{found['most_frequent_class']}: {found['most_frequent_share']:.2%}" in told
+        guesses = Counter((text[0], parse(text)[0]) for text in of_split)
+        best = {first: max(guesses[first, value] for value in range(10)) for first in NAMES}
+        assert found["first_token_share"] == sum(best.values()) / size
         texts += of_split
     assert len(set(texts)) == len(texts) == 3300
     assert summary["recipe"]["max_length"] == 100 and summary["seed"] == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -40,11 +40,16 @@ class Statistics:
     classes: Counter[int] = field(default_factory=Counter)
     depths: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
+    _classes_of: defaultdict[int, Counter[int]] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )
+    """Those of the expressions with the same first token, the outermost operator."""
 
     def note(self, expression: Expression) -> None:
         self.classes[expression.value] += 1
         self.depths[expression.depth] += 1
         self.lengths[len(expression.text)] += 1
+        self._classes_of[expression.text[0]][expression.value] += 1
 
     @property
     def examples(self) -> int:
@@ -60,6 +65,11 @@ class Statistics:
         [(value, count)] = self.classes.most_common(1)
         return value, count / self.examples
 
+    @property
+    def first_token_share(self) -> float:
+        """How often that guess is right which is best for an expression's first token."""
+        return sum(max(found.values()) for found in self._classes_of.values()) / self.examples
+
     def length_at(self, share: float) -> int:
         """The length that this share of the expressions does not exceed; that of the shortest one
         for 0."""
@@ -74,6 +84,7 @@ class Statistics:
             "classes": [self.classes[value] for value in range(NUM_CLASSES)],
             "most_frequent_class": most_frequent,
             "most_frequent_share": share,
+            "first_token_share": self.first_token_share,
             "depths": {str(depth): self.depths[depth] for depth in sorted(self.depths)},
             "length_deciles": [self.length_at(tenth / 10) for tenth in range(11)],
             "mean_length": self.tokens / self.examples,

@@ -27,6 +27,8 @@ _LEAST = {
     "test": 1,
     "seed": 0,
 }
+_LOG_FILE_WIDTH = 160
+"""Columns a table may use where there is no terminal to fit."""
 _MOST = 2**30
 """Of any of them; expressions are held in memory whole."""
 
@@ -61,7 +63,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0, or 2 for a mistake that the user can mend."""
     options = parse_arguments(arguments)
-    console = Console(highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else _LOG_FILE_WIDTH
+    console = Console(highlight=False, markup=False, width=width)
     try:
         _make(options, console)
     except UserError as error:
@@ -122,6 +125,10 @@ def _conclude(
         console.print(table)
         console.print()
     letters = ", ".join(f"{symbol} {name}" for name, symbol in OPERATORS.items())
+    console.print(
+        "most frequent: the class, and how often it is; by first token: how often the guess is "
+        "right that is best for an expression's outermost operator"
+    )
     console.print(f"tokens: bytes, {letters}, {END} where an operator's arguments end")
     console.print(
         f"{drawn.trees:,} trees drawn, {drawn.repeated:,} left out for being repeated; "
@@ -130,7 +137,8 @@ def _conclude(
 
 
 def _splits(folder: Path, statistics: Mapping[str, Statistics]) -> Table:
-    heads = ["", "examples", "tokens", "shortest", "median", "longest", "most frequent class"]
+    heads = ["", "examples", "tokens", "shortest", "median", "longest"]
+    heads += ["most frequent", "by first token"]
     rows = [
         (
             split,
@@ -138,6 +146,7 @@ def _splits(folder: Path, statistics: Mapping[str, Statistics]) -> Table:
             f"{found.tokens:,}",
             *(str(found.length_at(share)) for share in (0, 0.5, 1)),
             "{}: {:.2%}".format(*found.most_frequent),
+            f"{found.first_token_share:.2%}",
         )
         for split, found in statistics.items()
     ]
