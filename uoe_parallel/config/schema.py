@@ -97,6 +97,11 @@ class FeedForwardConfig(RoutingConfig):
 
     num_experts: PositiveInt = 8
     spread: Literal["tensor", "expert"] = "expert"
+    initialization: Literal["slices", "separate"] = "slices"
+    """Of routed blocks: as one dense block's slices, or as a mixture's separate experts. Each of
+    these begins as a block as narrow as itself, whose second matrix has sqrt(num_experts) times
+    the standard deviation of the wide one's; a mixture's gates sum to one and those here to the
+    chosen experts, so it is divided by their number."""
 
 
 class AttentionConfig(RoutingConfig):

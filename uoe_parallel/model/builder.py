@@ -101,7 +101,7 @@ class LayerBuilder:
             backend=self.backend,
             config=self.megatron,
             fc1_init=self.init.normal(f"{name}.fc1", model.init_std),
-            fc2_init=self.init.normal(f"{name}.fc2", self._output_std()),
+            fc2_init=self.init.normal(f"{name}.fc2", self._expert_output_std(layer)),
             group=self._expert_group(self.config.feed_forward, layer),
             recompute=self.recompute == "selective",
         )
@@ -165,6 +165,12 @@ class LayerBuilder:
         """The ranks that share a block's experts; a dense block is cut like Megatron's."""
         wide = routing.spread == "expert" and routing.routes(layer)
         return self.groups.expert if wide else self.groups.tensor
+
+    def _expert_output_std(self, layer: int) -> float:
+        routing = self.config.feed_forward
+        if not routing.routes(layer) or routing.initialization == "slices":
+            return self._output_std()
+        return self._output_std() * routing.num_experts**0.5 / routing.chosen_experts
 
     def _output_std(self) -> float:
         # Residual branches start smaller the more of them add up (GPT-2).
