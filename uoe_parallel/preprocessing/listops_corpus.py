@@ -140,7 +140,7 @@ def make_corpora(
     if the folder has some of these files already, can't be written, or there are too few
     expressions; then no file is left.
     """
-    refuse_existing(folder, examples)
+    _refuse_existing(folder, examples)
     order = _split_order(list(examples.values()), seed)
     statistics, drawn = [Statistics() for _ in examples], Drawn()
     try:
@@ -164,7 +164,7 @@ def make_corpora(
     return by_split, drawn
 
 
-def refuse_existing(folder: Path, splits: Mapping[str, int]) -> None:
+def _refuse_existing(folder: Path, splits: Mapping[str, int]) -> None:
     """Raises UserError if there is a file in `folder` that would be replaced."""
     names = [f"{split}{end}" for split in splits for end in (".bin", ".idx", ".labels.npy")]
     for name in (SUMMARY, *names):
