@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -115,19 +116,33 @@ class LabelledDocuments:
             )
 
 
+class LabelledWriter:
+    """Writes a pair and its labels, a document at a time, as `LabelledDocuments` reads them."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
+        self._labels = array("q")
+
+    def add(self, ids: NDArray[np.integer], label: int) -> None:
+        """ids: int32 [n], kept as they are: no end of document is added."""
+        self._builder.add_item(torch.from_numpy(ids))
+        self._builder.end_document()
+        self._labels.append(label)
+
+    def finish(self) -> None:
+        self._builder.finalize(get_idx_path(str(self._prefix)))
+        np.save(labels_path(self._prefix), np.asarray(self._labels, dtype=np.int64))
+
+
 def write_labelled_documents(
     prefix: str | Path, documents: Iterable[NDArray[np.integer]], labels: Sequence[int]
 ) -> None:
-    """Write `documents`, int32 ids [n] each, and their labels as `LabelledDocuments` reads them.
-
-    Ids are kept as they are: no end of document is added.
-    """
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
-    for ids in documents:
-        builder.add_item(torch.from_numpy(ids))
-        builder.end_document()
-    builder.finalize(get_idx_path(str(prefix)))
-    np.save(labels_path(prefix), np.asarray(labels, dtype=np.int64))
+    """Write `documents`, int32 ids [n] each, and their labels, as `LabelledWriter` does."""
+    writer = LabelledWriter(prefix)
+    for ids, label in zip(documents, labels, strict=True):
+        writer.add(ids, label)
+    writer.finish()
 
 
 def _read_labels(path: Path) -> NDArray[np.int64]:

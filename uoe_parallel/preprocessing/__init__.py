@@ -5,4 +5,6 @@
 parts, and `session.py` is all of it. What is in a part depends on its piece alone, and parts are
 joined in the order of the sources: so neither the number of workers nor being killed and started
 again shows in a byte of the result.
+
+`listops.py` draws a task instead of reading it, and `listops_corpus.py` writes it.
 """
