@@ -53,7 +53,7 @@ def write_run(folder: Path, **sections: dict[str, Any] | str | int) -> Path:
     # Ids from another range make other text of the same random numbers.
     data = {
         split: str(write_corpus(folder / split, size, vocab_size=ids))
-        for split, size, ids in (("train", 2000, 256), ("validation", 400, 250), ("test", 400, 200))
+        for split, size, ids in (("train", 2000, 256), ("validation", 200, 250), ("test", 200, 200))
     }
     changes: dict[str, Any] = {
         "run_dir": str(folder / "run"),
