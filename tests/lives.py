@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 from tests.harness import free_port
+from tests.programs import SHORT_TEXT
 from uoe_parallel.pretrain import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # of the tests' ranks: torch is loaded
@@ -136,4 +138,5 @@ def _rank(
             os.dup2(file.fileno(), descriptor)
     for happening in happenings:
         happening.plant()
-    sys.exit(main(arguments))
+    with patch("uoe_parallel.training.generation._SAMPLING", SHORT_TEXT):
+        sys.exit(main(arguments))

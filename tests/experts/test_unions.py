@@ -52,9 +52,7 @@ PROBLEMS = [
     for n in [spec.num_experts]
 ]
 PACKED = [replace(problem, packed=True) for problem in PROBLEMS[6:]]
-CASES = [(problem, tuple(GATES)) for problem in PROBLEMS]
-CASES += [(problem, ("sigmoid",)) for problem in PACKED]
-"""Problems, and the gates with which each is routed."""
+Cases = list[tuple[Problem, tuple[str, ...]]]
 LAYOUTS = [
     ParallelLayout(1, 1, 1, 1, sequence_parallel=False, zero_stage=0),
     ParallelLayout(2, 2, 1, 2, sequence_parallel=False, zero_stage=0),
@@ -62,6 +60,16 @@ LAYOUTS = [
     ParallelLayout(4, 4, 1, 4, sequence_parallel=False, zero_stage=0),
     ParallelLayout(4, 4, 1, 4, sequence_parallel=True, zero_stage=0),
 ]
+
+
+def _cases(layout: ParallelLayout) -> Cases:
+    """Problems, and the gates with which each is routed: on several ranks, where a gate does what
+    it does on one, they take turns."""
+    gates = tuple(GATES)
+    turns = [(gates[turn % len(gates)],) for turn in range(len(PROBLEMS))]
+    routed = [gates] * len(PROBLEMS) if layout.world_size == 1 else turns
+    packed: Cases = [(problem, ("sigmoid",)) for problem in PACKED]
+    return [*zip(PROBLEMS, routed, strict=True), *packed]
 
 
 def _dense_block(problem: Problem, groups: ParallelGroups) -> DenseBlock:
@@ -105,7 +113,7 @@ def _run_all(layout: ParallelLayout) -> list[dict[str, Outcome]]:
             "dense": _run(_dense_block(problem, groups), problem, groups),
             **{gate: _run(_all_on(problem, groups, gate), problem, groups) for gate in gates},
         }
-        for problem, gates in CASES
+        for problem, gates in _cases(layout)
     ]
 
 
@@ -120,7 +128,7 @@ def test_all_experts_with_gates_of_one_are_the_dense_block(
 ) -> None:
     """Padding does not come out of attention, dense or routed, but for the output bias."""
     by_rank = ranks(layout.world_size).run(_run_all, layout)
-    for i, (problem, gates) in enumerate(CASES):
+    for i, (problem, gates) in enumerate(_cases(layout)):
         assert problem.packed == bool((problem.tensors().ids < 0).any())
         for path in ("dense", *gates):
             found = [outcomes[i][path] for outcomes in by_rank]

@@ -36,6 +36,7 @@ PRELOAD = ["numpy", "pydantic", "yaml", "safetensors.torch", "hypothesis", "pyte
 PRELOAD_ON_CPU = [
     *("deepspeed", "deepspeed.runtime.sequence_parallel.parallel_state_sp", "megatron.core"),
     *("megatron.core.parallel_state", "megatron.core.tensor_parallel"),
+    *("tests.harness.groups", "uoe_parallel.pretrain", "uoe_parallel.training.trainer"),
 ]
 """Likewise; where there are GPUs these look for them, and who has looked can't be forked."""
 

@@ -74,6 +74,12 @@ NAMED: dict[str, tuple[int, dict[str, Any]]] = {
         {"model": {"bias": False}, "parallel": {"pipeline": 2, "zero_stage": 1}},
     ),
 }
+WIDE = {
+    "heads spread over data ranks too",
+    "both kinds of experts over part of the data ranks",
+    "GPT-2's parts, cut over replicas",
+}
+"""Cases that take many ranks, or that ZeRO makes: without it, their layouts are the engine's."""
 
 FP32 = {"losses": 2e-5, "norms": 2e-5, "tensors": 2e-4, "eps": 1e-3}
 FP64 = {"losses": 1e-12, "norms": 1e-11, "tensors": 1e-8, "eps": 1e-6}
@@ -102,7 +108,9 @@ def test_named_shapes(ranks: Ranks, case: str) -> None:
     check(ranks, world_size, _with_training(sections), FP32)
 
 
-@pytest.mark.parametrize("case", NAMED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in WIDE)) for case in NAMED]
+)
 def test_named_shapes_in_double_precision(ranks: Ranks, case: str) -> None:
     """Where nothing is lost to rounding, a small mistake has nowhere to hide."""
     world_size, sections = NAMED[case]
