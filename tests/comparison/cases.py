@@ -57,3 +57,7 @@ def comparison(folder: Path, before: str = "", **fields: Any) -> ComparisonConfi
         },
     }
     return ComparisonConfig.model_validate({**tree, **fields})
+
+
+def quiet(text: str) -> None:
+    """Says nothing."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.comparison.cases import comparison
+from tests.comparison.cases import comparison, quiet
 from tests.programs import CHECKOUT
 from uoe_parallel.comparison.collect import outcome
 from uoe_parallel.comparison.contenders import models
@@ -50,7 +50,7 @@ def test_jobs_share_the_cores(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-        Runner(given.launch, 2, str).run([first])
+        Runner(given.launch, 2, quiet).run([first])
     assert (first.folder / "threads").read_text() == "3"
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_fails_is_told_with_what_it_said(tmp_path: Path) -> None:
     given = comparison(tmp_path, 'sys.exit("out of luck") if rate == 0.02 else None')
     tries = _tries(given)
     with pytest.raises(UserError) as caught:
-        Runner(given.launch, 1, str).run(tries)
+        Runner(given.launch, 1, quiet).run(tries)
     told = str(caught.value)
     assert told.startswith(f"{tries[1]}: ended with exit code 1") and "out of luck" in told
     assert [_starts(training) for training in tries] == [1, 1, 0, 0, 0, 0]
@@ -70,7 +70,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
     first.folder.mkdir(parents=True)
     save_config(second.config, first.folder / "config.yaml")
     with pytest.raises(UserError, match=f"{first.folder} has a run with another config"):
-        Runner(given.launch, 1, str).run([first])
+        Runner(given.launch, 1, quiet).run([first])
     assert _starts(first) == 0
 
 

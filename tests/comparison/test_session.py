@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.comparison.cases import comparison
+from tests.comparison.cases import comparison, quiet
 from uoe_parallel.comparison.runs import Runner
 from uoe_parallel.comparison.session import Session
 from uoe_parallel.errors import UserError
@@ -16,7 +16,7 @@ from uoe_parallel.errors import UserError
 
 def test_the_best_learning_rate_of_each_is_compared_over_seeds(tmp_path: Path) -> None:
     given = comparison(tmp_path, budget="tokens")
-    found = Session(given, Runner(given.launch, 2, str)).results(2)
+    found = Session(given, Runner(given.launch, 2, quiet)).results(2)
     assert (found.task, found.jobs) == ("next_token", 2)
     dense, cheap, routed = found.results
     assert (dense.name, cheap.name, routed.name) == ("dense", "cheap", "routed")
@@ -54,7 +54,7 @@ def test_a_budget_of_time_is_measured_first(tmp_path: Path) -> None:
 def test_what_is_done_can_be_told_before_the_end(tmp_path: Path) -> None:
     given = comparison(tmp_path, budget="tokens")
     assert Session(given, None).results(1).results == []
-    Session(given, Runner(given.launch, 2, str)).results(2)
+    Session(given, Runner(given.launch, 2, quiet)).results(2)
     missing = tmp_path / "compared" / "tokens" / "cheap" / "compared-3" / "metrics.jsonl"
     missing.unlink()
     told = Session(given, None).results(1)
@@ -69,7 +69,7 @@ def test_a_run_that_diverged_has_an_infinite_loss(tmp_path: Path) -> None:
         ' if rate == 0.01 or "cheap" in str(run_dir) else None'
     )
     given = comparison(tmp_path, diverge, budget="tokens")
-    dense, cheap, _ = Session(given, Runner(given.launch, 2, str)).results(2).results
+    dense, cheap, _ = Session(given, Runner(given.launch, 2, quiet)).results(2).results
     assert dense.sweep[0.01] == math.inf and math.isfinite(dense.sweep[0.02])
     assert dense.learning_rate == 0.02 and math.isfinite(dense.runs[0].loss)
     assert [run.loss for run in cheap.runs] == [math.inf, math.inf]
@@ -104,7 +104,7 @@ def test_routing_is_averaged_over_blocks_and_the_last_half(tmp_path: Path) -> No
     trainer.write_text(
         trainer.read_text().replace('for kind in ("train", "validation", "test"):', appended)
     )
-    [result] = Session(given, Runner(given.launch, 1, str)).results(1).results
+    [result] = Session(given, Runner(given.launch, 1, quiet)).results(1).results
     [run, _] = result.runs
     assert run.load_max_over_mean == pytest.approx((3 + 4 + 4 + 5) / 4)
     assert run.experts_per_token == {"attention": 2.0, "feed_forward": 3.0}

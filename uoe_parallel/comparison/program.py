@@ -10,8 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import get_args
 
-from rich.console import Console
-
+from uoe_parallel.analysis.report import plain_console
 from uoe_parallel.comparison.report import print_report, write_report
 from uoe_parallel.comparison.runs import Runner
 from uoe_parallel.comparison.session import Session
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Session(comparison, runner).results(options.jobs)
         if not results.results:
             raise UserError("no contender has all its runs yet; train first, without --report")
-        print_report(results, Console())
+        print_report(results, plain_console())
         for path in write_report(results, Path(comparison.folder) / comparison.budget):
             _say(f"{path} is written")
     except UserError as error:
