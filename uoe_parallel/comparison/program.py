@@ -45,7 +45,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="train on the bytes of these files, and judge by pieces of them that are held out, "
         "in place of what run.data names",
     )
-    parser.add_argument("--report", action="store_true", help="of what is done; trains nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="what it will take; trains nothing")
+    only.add_argument("--report", action="store_true", help="of what is done; trains nothing")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the YAML file")
     return parser.parse_args(arguments)
 
@@ -62,8 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comparison = comparison.model_copy(update={"run": {**comparison.run, "data": corpora}})
         if options.jobs < 1:
             raise UserError(f"--jobs {options.jobs}: name how many runs train at once, 1 or more")
-        runner = None if options.report else Runner(comparison.launch, options.jobs, _say)
-        results = Session(comparison, runner).results(options.jobs)
+        trains = not (options.plan or options.report)
+        runner = Runner(comparison.launch, options.jobs, _say) if trains else None
+        session = Session(comparison, runner)
+        if options.plan:
+            plain_console().print(session.outlook())
+            return 0
+        results = session.results(options.jobs)
         if not results.results:
             raise UserError("no contender has all its runs yet; train first, without --report")
         print_report(results, plain_console())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.table import Table
+
 from uoe_parallel.comparison.collect import (
     Outcome,
     best_learning_rate,
@@ -12,6 +14,7 @@ from uoe_parallel.comparison.collect import (
     seconds_per_step,
 )
 from uoe_parallel.comparison.contenders import Model, models
+from uoe_parallel.comparison.outlook import outlook
 from uoe_parallel.comparison.plan import Plan, Training, timings
 from uoe_parallel.comparison.results import Comparison
 from uoe_parallel.comparison.runs import Runner
@@ -31,6 +34,11 @@ class Session:
         self._models = models(comparison)
         for model in self._models.values():
             _check(model)
+
+    def outlook(self) -> Table:
+        """What it takes. Raises UserError for a budget of time before steps have been timed."""
+        plan = Plan(self._comparison, self._models, self._seconds())
+        return outlook(self._comparison, self._models, plan)
 
     def results(self, jobs: int) -> Comparison:
         """Of contenders that have all their runs. Raises UserError for a run that fails.
