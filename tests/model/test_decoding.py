@@ -25,10 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
 LENGTHS = [6, 1, 4, 9]
 """Of the beginnings, in one batch."""
 Compared = dict[tuple[str, str], list[tuple[Tensor, Tensor]]]
-
-
 FEW = ("patches with capacity", "segments, then thresholds")
-"""Rules for several ranks: the form of decoding is the same for all of them."""
+"""Rules for several ranks and for dense attention: decoding has one form for all of them."""
 
 
 def compare(parts: dict[str, Any], parallel: dict[str, Any], rules: Collection[str]) -> Compared:
@@ -38,7 +36,9 @@ def compare(parts: dict[str, Any], parallel: dict[str, Any], rules: Collection[s
     found: Compared = {}
     for rule in rules:
         fields = CAUSAL_RULES[rule]
-        for mode, attention in MODES.items():
+        # Where attention is dense, the rule is the feed-forward's alone.
+        modes = MODES if rule in FEW else {m: MODES[m] for m in MODES if m != "dense"}
+        for mode, attention in modes.items():
             config = tiny_config(
                 model=parts,
                 feed_forward=fields,
