@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from uoe_parallel.comparison.program import main
 FILES = ["differences.png", "loss_by_flops.png", "loss_by_tokens.png", "report.json", "report.md"]
 
 
-def _write(folder: Path, **fields: object) -> Path:
+def _write(folder: Path, **fields: Any) -> Path:
     path = folder / "comparison.yaml"
     path.write_text(comparison(folder, **fields).model_dump_json())
     return path

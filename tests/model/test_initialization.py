@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.harness import Ranks
 from tests.model.cases import build_model, start
 from tests.tiny import tiny_config
-from uoe_parallel.model.block import RoutedBlock
+from uoe_parallel.experts.mlp import UnionOfMLPExperts
 from uoe_parallel.parallel.sharding import gather_full
 
 MIXTURE: dict[str, Any] = {
@@ -50,8 +50,8 @@ def _beside_a_mixture() -> tuple[Tensor, Tensor]:
     """A block's output, and a plain mixture's: gates that sum to one over experts of their own."""
     config = tiny_config(feed_forward=MIXTURE, model={"bias": False})
     model = build_model(config, start(config), torch.float64)
-    block = model.layers["1"].feed_forward
-    assert isinstance(block, RoutedBlock)
+    block = model.routed_blocks()["layers.1.feed_forward"]
+    assert isinstance(block.experts, UnionOfMLPExperts)
     x_SBD = torch.randn(16, 4, 32, generator=torch.Generator().manual_seed(2)).double()
     context = model.context((4, 16), None, x_SBD.device)
     dense, chosen = block.experts.to_dense(), config.feed_forward.top_k
@@ -59,6 +59,7 @@ def _beside_a_mixture() -> tuple[Tensor, Tensor]:
     scores_TE = x_TD @ block.get_parameter("router_weight").double().T
     best_TE = scores_TE >= scores_TE.topk(chosen).values[:, -1:]
     gates_TE = scores_TE.masked_fill(~best_TE, -torch.inf).softmax(-1)
+    assert dense.gate_FD is not None
     gate, up, down = (
         w.chunk(8, dim) for w, dim in ((dense.gate_FD, 0), (dense.up_FD, 0), (dense.down_DF, 1))
     )
