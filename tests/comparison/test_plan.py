@@ -45,6 +45,11 @@ def test_every_contender_is_tried_with_every_learning_rate(tmp_path: Path) -> No
     assert {t.config.seed for t in tries} == {1}
 
 
+def test_a_single_learning_rate_is_not_tried_first(tmp_path: Path) -> None:
+    given = comparison(tmp_path, learning_rates=[0.01])
+    assert Plan(given, models(given)).sweep() == []
+
+
 def test_seeds_are_compared_one_after_the_other_on_the_same_terms(tmp_path: Path) -> None:
     given = comparison(tmp_path, budget="time")
     plan = Plan(given, models(given), {"dense": 0.2, "cheap": 0.1, "routed": 0.2})

@@ -36,6 +36,12 @@ def test_the_best_learning_rate_of_each_is_compared_over_seeds(tmp_path: Path) -
     assert routed.flops_per_token < dense.flops_per_token
 
 
+def test_a_single_learning_rate_is_everybodys(tmp_path: Path) -> None:
+    given = comparison(tmp_path, budget="tokens", learning_rates=[0.03])
+    found = Session(given, Runner(given.launch, 2, quiet)).results(2)
+    assert [(r.learning_rate, r.sweep, r.sweep_flops) for r in found.results] == [(0.03, {}, 0)] * 3
+
+
 def test_a_budget_of_time_is_measured_first(tmp_path: Path) -> None:
     """By a program whose steps take 0.4 s in runs of 40 steps: all get as many."""
     given = comparison(tmp_path, budget="time")

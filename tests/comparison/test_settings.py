@@ -11,6 +11,7 @@ from uoe_parallel.comparison.contenders import models
 from uoe_parallel.comparison.plan import Plan
 from uoe_parallel.comparison.settings import load_comparison
 from uoe_parallel.errors import UserError
+from uoe_parallel.parallel.layout import layout_faults
 
 GIVEN = """
 folder: somewhere
@@ -30,8 +31,10 @@ def test_comparisons_that_come_along_can_be_planned(path: Path) -> None:
     comparison = load_comparison(path)
     contenders = models(comparison)
     plan = Plan(comparison, contenders)
+    ranks = 8 if path.stem.startswith("8x") else 1
     for training in plan.sweep() + plan.compared(dict.fromkeys(contenders, 1e-3)):
         assert training.config.training.steps > training.config.training.warmup_steps
+        assert list(layout_faults(training.config, ranks)) == []
 
 
 def test_overrides_go_into_runs_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from uoe_parallel.config.schema import RoutedLayers, RunConfig
 from uoe_parallel.parallel.layout import layout_faults
 from uoe_parallel.planning.hardware import load_hardware
 
-SHIPPED = sorted((CHECKOUT / "configs").glob("**/*.yaml"))
+SHIPPED = sorted((CHECKOUT / "configs").glob("*.yaml"))
 CLUSTER = [path for path in SHIPPED if not path.stem.startswith("cpu_")]
 MOST_RANKS = 2
 

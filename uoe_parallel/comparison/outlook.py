@@ -35,7 +35,7 @@ def outlook(comparison: ComparisonConfig, models: Mapping[str, Model], plan: Pla
                 model.about,
             )
         )
-    runs = len(models) * (comparison.seeds + len(comparison.learning_rates))
+    runs = len(models) * comparison.seeds + len(tries)
     return plain_table(
         f"{runs} runs, {total:.3g} FLOPs",
         f"contender, PARAMETERS, ACTIVE, FLOPS/TOKEN / {comparison.baselines[0].upper()}'S, "

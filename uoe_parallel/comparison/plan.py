@@ -59,8 +59,11 @@ class Plan:
         return _scaled(self._base.steps, self._shares[name])
 
     def sweep(self) -> list[Training]:
-        """Every contender with every learning rate, one contender after the other."""
+        """Every contender with every learning rate, one contender after the other; nothing where
+        there is no choice."""
         comparison = self._comparison
+        if len(comparison.learning_rates) == 1:
+            return []
         return [
             self._training(name, "sweep", rate, model.config.seed, comparison.sweep_share)
             for name, model in self._models.items()

@@ -47,12 +47,16 @@ class Session:
         """
         comparison = self._comparison
         plan = Plan(comparison, self._models, self._seconds())
-        swept = self._done(plan.sweep())
-        best = {
-            name: best_learning_rate({t.config.training.learning_rate: o.loss for t, o in tries})
-            for name in self._models
-            if len(tries := _of(name, swept)) == len(comparison.learning_rates)
-        }
+        tries = plan.sweep()
+        swept = self._done(tries)
+        if tries:
+            best = {
+                name: best_learning_rate({t.config.training.learning_rate: o.loss for t, o in own})
+                for name in self._models
+                if len(own := _of(name, swept)) == len(comparison.learning_rates)
+            }
+        else:
+            best = dict.fromkeys(self._models, comparison.learning_rates[0])
         compared = self._done(plan.compared(best))
         return Comparison(
             config=comparison,

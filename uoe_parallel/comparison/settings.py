@@ -43,7 +43,8 @@ class ComparisonConfig(Section):
     same ones."""
     learning_rates: list[float] = Field(min_length=1)
     """Peak learning rates that each contender is tried with, with `run.seed`. The one of the
-    lowest validation loss is the contender's; min_learning_rate keeps its ratio to it."""
+    lowest validation loss is the contender's; min_learning_rate keeps its ratio to it. A single one
+    is not tried first."""
     sweep_share: float = Field(default=0.3, gt=0, le=1)
     """Of the budget, for each of these tries."""
     baselines: list[str] = Field(min_length=1)

@@ -49,12 +49,17 @@ def _terms(findings: Findings) -> str:
     first = config.baselines[0]
     measure = findings.measures[0]
     best = "higher" if measure.higher_is_better else "lower"
+    tried = len(config.learning_rates)
+    rate = (
+        "the same learning rate"
+        if tried == 1
+        else f"the best of {tried} learning rates that each was tried with for "
+        f"{_percent(config.sweep_share)} of the budget"
+    )
     return (
         f"Every contender trained with {_BUDGETS[config.budget]} as {first}, on the same data in "
-        f"the same order, with {_many(config.seeds, 'seed')}, at the best of "
-        f"{_many(len(config.learning_rates), 'learning rate')} that each was tried with for "
-        f"{_percent(config.sweep_share)} of the budget. They are judged by held-out "
-        f"{measure.name}, of which {best} is better."
+        f"the same order, with {_many(config.seeds, 'seed')}, at {rate}. They are judged by "
+        f"held-out {measure.name}, of which {best} is better."
     )
 
 
