@@ -47,7 +47,7 @@ def test_mistakes_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for arguments, told in (
         (["--config", path, "--jobs", "0"], "--jobs 0: name how many runs train at once"),
         (["--config", path, "seeds=none"], "seeds: Input should be a valid integer"),
-        (["--config", path, "run.model.num_layers=0"], "model.num_layers = 0 is not an integer above 0"),
+        (["--config", path, "run.model.num_layers=0"], "model.num_layers = 0 is not an"),
         (["--config", path, "--text", str(tmp_path / "none")], "--text"),
     ):
         assert main(arguments) == 2
