@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 import warnings
 
-# Megatron announces at import which optional GPU packages it lacks; none is needed here.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-
-from uoe_parallel.preprocessing.listops_program import main  # noqa: E402
-
 if __name__ == "__main__":
+    # Megatron announces at import which optional GPU packages it lacks; none is needed here.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+
+    from uoe_parallel.preprocessing.listops_program import main
+
     sys.exit(main())

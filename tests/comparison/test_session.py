@@ -69,7 +69,7 @@ def test_what_is_done_can_be_told_before_the_end(tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_has_an_infinite_loss(tmp_path: Path) -> None:
     """It is an outcome like any other, and not tried again."""
-    stop = {"step": 3, "kind": "event", "what": "the loss of step 3 is nan", "done": "stop"}
+    stop = {"step": 3, "kind": "event", "gradient_norm": None, "done": "stop"}
     diverge = (
         f'(run_dir / "metrics.jsonl").write_text({json.dumps(stop)!r} + "\\n"), sys.exit(2)'
         ' if rate == 0.01 or "cheap" in str(run_dir) else None'
@@ -79,6 +79,14 @@ def test_a_run_that_diverged_has_an_infinite_loss(tmp_path: Path) -> None:
     assert dense.sweep[0.01] == math.inf and math.isfinite(dense.sweep[0.02])
     assert dense.learning_rate == 0.02 and math.isfinite(dense.runs[0].loss)
     assert [run.loss for run in cheap.runs] == [math.inf, math.inf]
+
+
+def test_a_run_that_stopped_for_another_reason_is_not_over(tmp_path: Path) -> None:
+    stop = {"step": 3, "kind": "event", "tensor": "a weight", "ranks": [1], "done": "stop"}
+    part = f'(run_dir / "metrics.jsonl").write_text({json.dumps(stop)!r} + "\\n"), sys.exit(2)'
+    given = comparison(tmp_path, part, budget="tokens")
+    with pytest.raises(UserError, match="ended with exit code 2 before its last step"):
+        Session(given, Runner(given.launch, 1, quiet)).results(1)
 
 
 def test_routing_is_averaged_over_blocks_and_the_last_half(tmp_path: Path) -> None:

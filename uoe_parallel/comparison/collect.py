@@ -46,7 +46,9 @@ def outcome(training: Training) -> Outcome | None:
         return None
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "validation")}
     tests = [r for r in records if r["kind"] == "test" and r["step"] == config.training.steps]
-    diverged = any(r["kind"] == "event" and r["done"] == "stop" for r in records)
+    # Replicas that part stop a run too, and say nothing about the model.
+    stops = [r for r in records if r["kind"] == "event" and r["done"] == "stop"]
+    diverged = any("gradient_norm" in stop for stop in stops)
     if not tests and not diverged:
         return None
     return Outcome(kinds["train"], kinds["validation"], tests[0] if tests else None)

@@ -25,12 +25,9 @@ SHOWN_CHARACTERS = 2000
 class Runner:
     """Starts trainings, and ends those that are under way when it is left."""
 
-    def __init__(
-        self, command: Sequence[str], jobs: int, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, command: Sequence[str], jobs: int, say: Callable[[str], None]) -> None:
         """command: what takes --config, as in `ComparisonConfig.launch`. jobs: runs at once, which
         share the cores unless OMP_NUM_THREADS says how many threads each has."""
-        self._given = command
         self._command = [sys.executable if word == "python" else word for word in command]
         self._jobs = jobs
         self._say = say
@@ -42,7 +39,7 @@ class Runner:
 
     def one_by_one(self) -> Runner:
         """One that trains nothing at once, as what is timed must."""
-        return Runner(self._given, 1, self._say)
+        return Runner(self._command, 1, self._say)
 
     def run(self, trainings: Sequence[Training]) -> None:
         """Train those that are left of these. Raises UserError for one that fails, after the others

@@ -98,10 +98,8 @@ class FeedForwardConfig(RoutingConfig):
     num_experts: PositiveInt = 8
     spread: Literal["tensor", "expert"] = "expert"
     initialization: Literal["slices", "separate"] = "slices"
-    """Of routed blocks: as one dense block's slices, or as a mixture's separate experts. Each of
-    these begins as a block as narrow as itself, whose second matrix has sqrt(num_experts) times
-    the standard deviation of the wide one's; a mixture's gates sum to one and those here to the
-    chosen experts, so it is divided by their number."""
+    """Of routed blocks' first weights: slices of one dense block's, or those of separate experts,
+    as a mixture has them."""
 
 
 class AttentionConfig(RoutingConfig):

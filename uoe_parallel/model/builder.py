@@ -170,6 +170,8 @@ class LayerBuilder:
         routing = self.config.feed_forward
         if not routing.routes(layer) or routing.initialization == "slices":
             return self._output_std()
+        # A block as narrow as an expert would begin with sqrt(num_experts) times the deviation; a
+        # mixture's gates sum to one, and those here to the number of chosen experts.
         return self._output_std() * routing.num_experts**0.5 / routing.chosen_experts
 
     def _output_std(self) -> float:
