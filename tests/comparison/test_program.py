@@ -32,14 +32,17 @@ def test_a_comparison_is_told_and_written(
     assert "no contender has all its runs yet" in capsys.readouterr().err
     assert main([*command, "--jobs", "3"]) == 0
     told = capsys.readouterr().out
-    assert "9/9 routed" in told and "held-out" in told
+    assert "9/9 " in told and "held-out" in told
     folder = tmp_path / "compared" / "tokens"
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == FILES
     found = json.loads((folder / "report.json").read_text())
     assert [result["name"] for result in found["results"]] == ["dense", "cheap", "routed"]
     assert found["config"]["seeds"] == 3
-    # Fewer seeds are a report of what is there.
-    assert main([*command[:-2], "--seeds", "2", "--report"]) == 0
+    # Fewer seeds or contenders are a report of what is there.
+    assert main([*command[:-2], "--seeds", "2", "--report", "--only", "routed"]) == 0
+    found = json.loads((folder / "report.json").read_text())
+    assert [result["name"] for result in found["results"]] == ["dense", "routed"]
+    assert [len(result["runs"]) for result in found["results"]] == [2, 2]
 
 
 def test_mistakes_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,33 @@ def test_overrides_go_into_runs_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "kept", "baselines"),
+    [
+        (["uoe"], ["dense", "uoe"], ["dense"]),
+        (["cheap"], ["dense", "uoe", "cheap"], ["dense", "cheap"]),
+        (["dense"], ["dense"], ["dense"]),
+    ],
+)
+def test_some_contenders_alone_keep_what_they_need(
+    names: list[str], kept: list[str], baselines: list[str], tmp_path: Path
+) -> None:
+    """The first baseline, which sets the budget, and whom another one's costs are those of."""
+    path = tmp_path / "comparison.yaml"
+    path.write_text(GIVEN)
+    given = load_comparison(
+        path,
+        [
+            "contenders={dense: {}, other: {}, uoe: {}, cheap: {same_flops_as: uoe}}",
+            "baselines=[dense, cheap]",
+        ],
+    )
+    found = given.only(names)
+    assert (list(found.contenders), found.baselines) == (kept, baselines)
+    with pytest.raises(UserError, match="--only none: no such contender"):
+        given.only([*names, "none"])
+
+
+@pytest.mark.parametrize(
     ("override", "told"),
     [
         ("baselines=[none]", "baselines: none is none of the contenders"),

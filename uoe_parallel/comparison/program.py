@@ -38,6 +38,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="of the contenders: these alone, beside the first baseline",
+    )
+    parser.add_argument(
         "--text",
         type=Path,
         nargs="+",
@@ -59,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         comparison = load_comparison(options.config, _overrides(options))
+        if options.only:
+            comparison = comparison.only(options.only)
         if options.text:
             corpora = make_corpora(options.text, Path(comparison.folder))
             comparison = comparison.model_copy(update={"run": {**comparison.run, "data": corpora}})

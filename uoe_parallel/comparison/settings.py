@@ -70,6 +70,21 @@ class ComparisonConfig(Section):
                 )
         return self
 
+    def only(self, names: Sequence[str]) -> ComparisonConfig:
+        """With these contenders alone, and those that they can't do without: the first baseline and
+        the ones that they are made to cost as much as. Raises UserError for an unknown name."""
+        kept = {self.baselines[0], *names}
+        if unknown := kept - self.contenders.keys():
+            known = ", ".join(self.contenders)
+            raise UserError(f"--only {min(unknown)}: no such contender; name some of {known}")
+        kept |= {other for name in kept if (other := self.contenders[name].same_flops_as)}
+        return self.model_copy(
+            update={
+                "contenders": {n: c for n, c in self.contenders.items() if n in kept},
+                "baselines": [name for name in self.baselines if name in kept],
+            }
+        )
+
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
     """The comparison in a YAML file, with `field=value` overrides, as of `load_config`, on top.
