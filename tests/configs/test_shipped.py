@@ -43,9 +43,9 @@ def test_cluster_config_is_planned_as_it_says(ranks: Ranks, path: Path) -> None:
     worst = hardware.needed(plan.fullest.worst_memory.peak)
     assert worst <= hardware.memory
     comment = " ".join(re.findall(r"^# ?(.*)$", path.read_text(), re.MULTILINE))
-    even = f"needs {plan.needed / 2**30:.2f} GiB of a device at "
-    skewed = f"even routes and {worst / 2**30:.2f} GiB at the worst"
-    says = even + ("any routing" if worst == plan.needed else skewed)
+    even, skewed = (f"{size / 2**30:.2f} GiB" for size in (plan.needed, worst))
+    routes = "any routing" if skewed == even else f"even routes and {skewed} at the worst"
+    says = f"needs {even} of a device at {routes}"
     says += f", {plan.time.seconds:.2f} s a step, {plan.utilisation:.1%} of the peak."
     assert says in comment
     named = float(path.stem.partition("b_")[0])
