@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.metadata import version
@@ -23,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if told := use_chosen_device():
         raise pytest.UsageError(told)
     config.pluginmanager.register(Certifier())
+    # Ignored where a script runs the suite in the background, and then by all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
